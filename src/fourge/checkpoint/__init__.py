@@ -1,0 +1,1 @@
+"""Bytes and names: what lies on disk, without knowing what it computes."""

@@ -1,0 +1,105 @@
+"""Bytes of activations that computing one batch takes, from ModelConfig alone.
+
+The one formula behind ``--memory``: the temporaries of layer.py, mla.py, dsa.py and moe.py at their
+largest moment, with the pieces of chunks.py. It errs on the high side; a test holds a run's peak
+against it, and benchmarks/memory_over_layers.py prints both. Imports no torch.
+"""
+
+from dataclasses import dataclass
+
+from fourge.models import chunks
+from fourge.models.config import ModelConfig
+
+FLOAT32 = 4
+# What a general allocator keeps beyond what it was asked for, as a share of the temporaries.
+ALLOCATOR_SLACK = 0.2
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is computed at a time: tokens of the largest batch, of the longest sequence."""
+
+    batch_tokens: int
+    longest: int
+
+
+def compute_bytes(config: ModelConfig, load: Load, *, itemsize: int) -> int:
+    """Temporaries of one batch through any layer, its cast weights included.
+
+    ``itemsize``: bytes of the compute dtype; weights (BF16) are cast where it is not 2.
+    """
+    cast = FLOAT32 if itemsize != 2 else 0
+    stream = load.batch_tokens * config.hidden_size
+    attention = 3 * stream * itemsize + _attention(config, load, itemsize, cast)
+    # hidden, the experts' input and their sum
+    moe = stream * (2 * itemsize + FLOAT32) + _moe(config, load, itemsize, cast)
+    dense = 2 * stream * itemsize + _mlp_step(
+        config, config.intermediate_size, chunks.ROWS, itemsize, cast
+    )
+    return round(max(attention, moe, dense) * (1 + ALLOCATOR_SLACK))
+
+
+def _attention(config: ModelConfig, load: Load, itemsize: int, cast: int) -> int:
+    length, hidden = load.longest, config.hidden_size
+    query_width = config.q_lora_rank or hidden
+    latents = length * (query_width + config.kv_lora_rank + config.qk_rope_head_dim)
+    heads = chunks.head_group(config, length)
+    queries = min(length, chunks.attention_queries(config, length))
+    key_value = heads * length * (config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim)
+    # queries before and after rotation, and the attended values
+    per_query = heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 2 * hidden
+    scores = heads * queries * length
+    rows = min(length, chunks.ROWS)
+    return (
+        cast * _attention_weights(config)
+        + itemsize * (2 * latents + key_value + queries * per_query + 4 * rows * hidden)
+        + FLOAT32 * (length * hidden + 3 * scores)
+        + _selection(config, load)
+    )
+
+
+def _selection(config: ModelConfig, load: Load) -> int:
+    """The indexer's inputs and scores, a batch's selections, and the mask of one chunk."""
+    length = load.longest
+    if not config.uses_dsa or length <= config.index_topk:
+        return length * min(length, chunks.MIN_QUERIES)
+    queries = min(length, chunks.index_queries(length))
+    inputs = 2 * length * (config.index_head_dim + config.index_n_heads)
+    query = 3 * queries * config.index_n_heads * config.index_head_dim
+    scores = 3 * queries * length
+    best = 4 * queries * config.index_topk
+    return FLOAT32 * (inputs + query + scores + best + 2 * load.batch_tokens * config.index_topk)
+
+
+def _attention_weights(config: ModelConfig) -> int:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    query_width = config.q_lora_rank or hidden
+    return (
+        (hidden * query_width if config.q_lora_rank else 0)
+        + query_width * heads * config.qk_head_dim
+        + hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
+        + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+        + hidden * heads * config.v_head_dim
+        + config.index_n_heads * (config.index_head_dim * query_width + hidden)
+        + config.index_head_dim * hidden
+    )
+
+
+def _moe(config: ModelConfig, load: Load, itemsize: int, cast: int) -> int:
+    if "sparse" not in config.mlp_types:
+        return 0
+    shared = config.n_shared_experts * config.moe_intermediate_size
+    # 64-bit numbers for sorting the tokens by expert, and the router's logits
+    choices = load.batch_tokens * (config.num_experts_per_tok * 48)
+    logits = chunks.ROWS * (config.n_routed_experts * 4 + config.hidden_size) * FLOAT32
+    rows = min(load.batch_tokens, chunks.EXPERT_ROWS)
+    # observed values are squared in float32, the output is scaled in it
+    observed = 2 * rows * config.hidden_size * FLOAT32
+    step = _mlp_step(config, config.moe_intermediate_size, rows, itemsize, cast) + observed
+    return choices + logits + max(step, _mlp_step(config, shared, chunks.ROWS, itemsize, cast))
+
+
+def _mlp_step(config: ModelConfig, inner: int, rows: int, itemsize: int, cast: int) -> int:
+    """Cast weights, and one chunk of rows through gate, up and down."""
+    weights = 3 * config.hidden_size * inner * cast
+    return weights + rows * (3 * config.hidden_size + 3 * inner) * itemsize

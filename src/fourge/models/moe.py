@@ -1,0 +1,150 @@
+"""The MLP half of a decoder layer: dense, or sigmoid-routed experts plus shared experts.
+
+    s = sigmoid(fp32(x) Wg^T);  choose by s + bias (fp32): of the topk_group best groups (a group's
+    worth is the sum of its two best) the num_experts_per_tok best experts;  g = s of the chosen,
+    divided by their sum + 1e-20 (norm_topk_prob), times routed_scaling_factor, here and only here
+    y = residual + shared(x) + sum_e g_e down_e(silu(gate_e x) * up_e x)
+
+Router and sum are float32 whatever the compute dtype. Experts are added in ascending order, so
+every split of them into consecutive ranges gives the same bits, and a range may be all that is in
+memory. Follows transformers 5.23.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fourge.models import chunks
+from fourge.models.config import ModelConfig
+from fourge.models.linear import linear
+from fourge.models.norm import rms_norm
+
+# T tokens, D hidden, K experts per token, E experts, N tokens of one step, I intermediate
+
+Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class Routed(NamedTuple):
+    """Tokens on their way through the routed experts."""
+
+    x_TD: torch.Tensor  # what the experts read, compute dtype
+    experts_TK: torch.Tensor  # int64
+    gates_TK: torch.Tensor  # float32, routed_scaling_factor included
+    acc_TD: torch.Tensor  # float32: residual + shared experts, then each routed expert
+
+
+def dense_mlp(
+    hidden_TD: torch.Tensor, weights: Mapping[str, torch.Tensor], config: ModelConfig
+) -> torch.Tensor:
+    """hidden + MLP(post_attention_layernorm(hidden)), in hidden's dtype."""
+    mlp = _cast_mlp(weights, "mlp.", hidden_TD.dtype)
+    out_TD = torch.empty_like(hidden_TD)
+    for rows in chunks.slices(len(hidden_TD), chunks.ROWS):
+        x_ND = _post_norm(hidden_TD[rows], weights, config)
+        out_TD[rows] = hidden_TD[rows] + linear(_inner(x_ND, mlp), mlp["down_proj"])
+    return out_TD
+
+
+def route(
+    hidden_TD: torch.Tensor, weights: Mapping[str, torch.Tensor], config: ModelConfig
+) -> Routed:
+    """Choose the experts of every token, and compute what does not depend on them."""
+    x_TD = torch.empty_like(hidden_TD)
+    acc_TD = hidden_TD.to(torch.float32, copy=True)
+    shared = (
+        _cast_mlp(weights, "mlp.shared_experts.", hidden_TD.dtype)
+        if config.n_shared_experts
+        else None
+    )
+    router_ED = weights["mlp.gate.weight"].float()
+    bias_E = weights["mlp.gate.e_score_correction_bias"].float()
+    chosen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for rows in chunks.slices(len(hidden_TD), chunks.ROWS):
+        x_ND = _post_norm(hidden_TD[rows], weights, config)
+        x_TD[rows] = x_ND
+        if shared is not None:
+            acc_TD[rows] += linear(_inner(x_ND, shared), shared["down_proj"])
+        chosen.append(_choose(linear(x_ND.float(), router_ED), bias_E, config))
+    experts, gates = zip(*chosen, strict=True)
+    return Routed(x_TD, torch.cat(experts), torch.cat(gates), acc_TD)
+
+
+def run_experts(
+    routed: Routed,
+    weights: Mapping[str, torch.Tensor],
+    experts: range,
+    *,
+    observe: Observer | None = None,
+    last_only_stats: bool = False,
+) -> None:
+    """Add the experts of the range into ``routed.acc_TD``, in place; other experts' weights are
+    not looked at.
+
+    ``observe(expert, x_ND, h_NI)`` gets the input of gate and up and the input of down for the
+    tokens of an expert, in token order, at most chunks.EXPERT_ROWS tokens a call; an expert
+    without tokens is not reported. With ``last_only_stats`` nobody will read the sum (the last
+    layer of a calibration run): the down projections are skipped and acc_TD stays as it is.
+    """
+    num_choices = routed.experts_TK.shape[1]
+    expert_S, order_S = routed.experts_TK.flatten().sort(stable=True)
+    bounds = torch.searchsorted(
+        expert_S, torch.arange(experts.start, experts.stop + 1, device=expert_S.device)
+    ).tolist()
+    gate_S = routed.gates_TK.flatten()
+    for expert, first, end in zip(experts, bounds[:-1], bounds[1:], strict=True):
+        if first == end:
+            continue
+        mlp = _cast_mlp(weights, f"mlp.experts.{expert}.", routed.x_TD.dtype)
+        for rows in chunks.slices(end - first, chunks.EXPERT_ROWS):
+            slots_N = order_S[first:end][rows]
+            tokens_N = slots_N // num_choices
+            x_ND = routed.x_TD[tokens_N]
+            h_NI = _inner(x_ND, mlp)
+            if observe is not None:
+                observe(expert, x_ND, h_NI)
+            if not last_only_stats:
+                y_ND = linear(h_NI, mlp["down_proj"]).float()
+                routed.acc_TD.index_add_(0, tokens_N, y_ND.mul_(gate_S[slots_N, None]))
+
+
+def _choose(
+    logits_NE: torch.Tensor, bias_E: torch.Tensor, config: ModelConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts int64 [N, K] and gates float32 [N, K] from the router's float32 logits."""
+    score_NE = logits_NE.sigmoid()
+    choice_NE = score_NE + bias_E
+    if config.n_group > 1:
+        grouped = choice_NE.unflatten(-1, (config.n_group, -1))
+        worth = grouped.topk(2, dim=-1).values.sum(-1)
+        kept = torch.zeros_like(worth, dtype=torch.bool)
+        kept.scatter_(1, worth.topk(config.topk_group, dim=-1).indices, True)
+        choice_NE = grouped.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
+    experts_NK = choice_NE.topk(config.num_experts_per_tok, dim=-1).indices
+    gates_NK = score_NE.gather(1, experts_NK)
+    if config.norm_topk_prob:
+        gates_NK = gates_NK / (gates_NK.sum(-1, keepdim=True) + 1e-20)
+    return experts_NK, gates_NK * config.routed_scaling_factor
+
+
+def _post_norm(
+    hidden_ND: torch.Tensor, weights: Mapping[str, torch.Tensor], config: ModelConfig
+) -> torch.Tensor:
+    return rms_norm(hidden_ND, weights["post_attention_layernorm.weight"], config.rms_norm_eps)
+
+
+def _cast_mlp(
+    weights: Mapping[str, torch.Tensor], prefix: str, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """gate_proj, up_proj, down_proj, cast once for all the chunks of rows."""
+    return {
+        name: weights[f"{prefix}{name}.weight"].to(dtype)
+        for name in ("gate_proj", "up_proj", "down_proj")
+    }
+
+
+def _inner(x_ND: torch.Tensor, mlp: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """silu(gate x) * up x: the input of down_proj."""
+    gate_NI = F.silu(linear(x_ND, mlp["gate_proj"]))
+    return gate_NI.mul_(linear(x_ND, mlp["up_proj"]))

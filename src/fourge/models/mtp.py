@@ -1,0 +1,45 @@
+"""The multi-token-prediction layer: from a token's final hidden state and its successor's embedding
+to a hidden state that predicts the token after.
+
+    z = [rms(embedding(t_p+1); enorm) | rms(h_p; hnorm)]  (embedding first)     r = z Weh^T
+    n = rms(decoder_layer(r); shared_head.norm)           logits = lm_head(n)
+
+h_p is the target's output after model.norm. n is both what lm_head reads and what the next draft
+step takes as h: the norm is applied once. Follows vllm 0.33 and sglang 0.5.23, except that vllm
+zeroes the embedding at position 0 (it touches acceptance only; sglang does not).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fourge.models.config import ModelConfig
+from fourge.models.layer import decoder_layer
+from fourge.models.linear import linear
+from fourge.models.norm import rms_norm
+from fourge.models.rope import RopeTable
+
+# T tokens of all sequences, D hidden
+
+
+def mtp_forward(
+    hidden_TD: torch.Tensor,
+    next_embedding_TD: torch.Tensor,
+    lengths: Sequence[int],
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    rope: RopeTable,
+) -> torch.Tensor:
+    """The normed hidden state n_TD of every position; ``weights`` are those of the MTP layer."""
+    eps = config.rms_norm_eps
+    joint = torch.cat(
+        [
+            rms_norm(next_embedding_TD, weights["enorm.weight"], eps),
+            rms_norm(hidden_TD, weights["hnorm.weight"], eps),
+        ],
+        dim=-1,
+    )
+    residual_TD = linear(joint, weights["eh_proj.weight"])
+    layer = config.num_hidden_layers
+    out_TD, _ = decoder_layer(residual_TD, lengths, weights, config, layer, rope, None)
+    return rms_norm(out_TD, weights["shared_head.norm.weight"], eps)

@@ -1,0 +1,1 @@
+"""Text, messages and tokens: how a conversation becomes what the model reads."""

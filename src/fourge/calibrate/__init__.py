@@ -1,0 +1,1 @@
+"""What the data says: records become token sequences, and sequences become statistics."""

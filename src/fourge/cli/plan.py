@@ -1,0 +1,78 @@
+"""``fourge plan``: what a run would read, write and hold, from headers alone."""
+
+from dataclasses import replace
+
+from fourge.cli.arguments import (
+    AsJson,
+    DeviceMemory,
+    HostMemory,
+    MtpChoice,
+    RecipeName,
+    SourceFolder,
+)
+from fourge.cli.show import print_json, print_table, say
+from fourge.quantize.budget import Budget, default_host_budget, default_workers, format_bytes
+from fourge.quantize.plan import describe, make_plan, survey, upper_workload
+from fourge.quantize.recipe import load_recipe
+
+# The passes of a full calibration; its bounds are what a large model has to be planned for.
+DEFAULT_RECIPE = "glm-5.1"
+
+
+def plan(
+    source: SourceFolder,
+    recipe: RecipeName = None,
+    mtp: MtpChoice = None,
+    memory: HostMemory = None,
+    device_memory: DeviceMemory = None,
+    json: AsJson = False,
+) -> None:
+    """Tell what quantizing SOURCE would take: tensors by role, bytes, memory, disk, shards.
+
+    Reads headers only. Token counts are the recipe's upper bounds. With --device-memory the plan is
+    for a GPU with that much memory, without it for the CPU.
+    """
+    chosen = load_recipe(recipe or DEFAULT_RECIPE)
+    chosen = replace(chosen, mtp=mtp or chosen.mtp)
+    surveyed = survey(source, mtp=chosen.mtp)
+    workload = upper_workload(surveyed, chosen, workers=default_workers())
+    budget = Budget(memory or default_host_budget(), device=device_memory or 0)
+    document = describe(make_plan(surveyed, chosen, workload, budget))
+    if json:
+        print_json(document)
+    else:
+        _show(document)
+
+
+def _show(document: dict) -> None:
+    memory, disk = document["memory"], document["disk"]
+    print_table(
+        f"{document['model_type']}, {document['layers']} layers, MTP {document['mtp']}",
+        ("role", "tensors", "bytes"),
+        [
+            (role, entry["tensors"], format_bytes(entry["bytes"]))
+            for role, entry in document["roles"].items()
+        ],
+    )
+    say(
+        f"in {format_bytes(document['bytes_in'])}, out {format_bytes(document['bytes_out'])}"
+        f" in {document['shards']} shards; up to {document['tokens']:,} tokens"
+    )
+    say(
+        f"host memory {format_bytes(memory['host'])} of {format_bytes(memory['host_budget'])}"
+        f" (smallest {format_bytes(memory['smallest_host'], up=True)}),"
+        f" a layer in {document['groups_per_layer']} group(s) of up to"
+        f" {format_bytes(memory['largest_group'])}"
+    )
+    if memory["device_budget"]:
+        say(
+            f"GPU memory {format_bytes(memory['device'])} of"
+            f" {format_bytes(memory['device_budget'])}"
+            f" (smallest {format_bytes(memory['smallest_device'], up=True)})"
+        )
+    say(
+        f"disk: output {format_bytes(disk['output'])}, activations on the way"
+        f" {format_bytes(disk['work'])}"
+    )
+    for key in document["unknown_config_keys"]:
+        say(f"warning: config.json key {key} is not known to fourge and was not used")

@@ -1,0 +1,104 @@
+"""``fourge quantize``: BF16 checkpoint in, NVFP4 checkpoint out."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fourge.cli.arguments import (
+    AsJson,
+    DeviceMemory,
+    HostMemory,
+    MtpChoice,
+    RecipeName,
+    SourceFolder,
+)
+from fourge.cli.progress import RunDisplay
+from fourge.cli.show import console, duration, print_json, say
+from fourge.quantize.budget import format_bytes
+from fourge.quantize.recipe import load_recipe, with_overrides
+
+
+def quantize(
+    source: SourceFolder,
+    out: Annotated[Path, typer.Argument(help="Folder of the checkpoint to make.")],
+    recipe: RecipeName = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="[PASS=]PATH",
+            help="Calibration data (JSONL, Parquet, a folder, or a dataset id) for every pass of"
+            " the recipe, or for one. May be repeated.",
+        ),
+    ] = None,
+    method: Annotated[Literal["max"] | None, typer.Option(help="How scales are chosen.")] = None,
+    mtp: MtpChoice = None,
+    memory: HostMemory = None,
+    device_memory: DeviceMemory = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")
+    ] = "auto",
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder for activations on the way. Default: within OUT."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Added to the seed of every pass.")] = None,
+    max_bad_share: Annotated[
+        float | None, typer.Option(help="Share of unusable records that is tolerated, 0 to 1.")
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Quantize the routed experts of SOURCE to NVFP4, calibrated, into OUT.
+
+    Interrupted at any moment, the same command goes on where it was. Without --recipe, one pass
+    over the files given with --data.
+    """
+    chosen = with_overrides(
+        load_recipe(recipe or "data"),
+        data=data or (),
+        method=method,
+        mtp=mtp,
+        seed=seed,
+        max_bad_share=max_bad_share,
+    )
+    # Heavy: torch, numba. Imported here so that --help and plan stay quick.
+    from fourge.quantize.start import Request, run_request
+
+    request = Request(source, out, chosen, device, memory, device_memory, work)
+    with RunDisplay(console) as display:
+        try:
+            record = run_request(request, on_data=display.data, on_progress=display.run)
+        except KeyboardInterrupt:
+            display.note("interrupted; run the same command to go on where it was")
+            raise typer.Exit(130) from None
+    for warning in record["data"]["warnings"]:
+        say(f"warning: {warning}")
+    _show_summary(out, record)
+    if json:
+        print_json(record)
+
+
+def _show_summary(out: Path, record: dict) -> None:
+    plan, coverage, timing = record["plan"], record["coverage"], record["timing"]
+    bad = sum(one["bad"]["records"] for one in record["data"]["passes"])
+    say(f"{out} is ready")
+    say(
+        f"  size      {format_bytes(plan['bytes_in'])} -> {format_bytes(plan['bytes_out'])}"
+        f" in {plan['shards']} shards"
+    )
+    say(
+        f"  data      {record['data']['tokens']:,} tokens in {record['data']['sequences']:,}"
+        f" sequences, {bad:,} unusable records"
+    )
+    say(
+        f"  coverage  {coverage['min_tokens']:,} / {coverage['median_tokens']:,.0f} tokens per"
+        f" expert (min / median), {coverage['never_seen']:,} of {coverage['experts']:,} experts"
+        " never seen"
+    )
+    say(
+        f"  time      {duration(timing['seconds'])} on {timing['device']}, peak memory"
+        f" {format_bytes(timing['peak_resident_bytes'])} of"
+        f" {format_bytes(plan['memory']['host_budget'])}"
+    )
+    say(f"  record    {out}/fourge/run.json, {out}/fourge/coverage.json")

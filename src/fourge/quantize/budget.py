@@ -1,0 +1,163 @@
+"""Whether a run fits: memory of host and device, and how much of a layer is read at a time.
+
+Resident memory of the host, computing on the CPU:
+    base + buffers + temporaries of one batch + 2 x the largest group of weights
+Two groups, since one is read while the other computes. With a GPU the last two terms lie there.
+Imports no torch.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from fourge.errors import BudgetError
+from fourge.models.config import ModelConfig
+from fourge.models.footprint import Load, compute_bytes
+
+# Resident memory of a process that has imported torch, numba and transformers and compiled the
+# kernels: 330-420 MiB measured (torch 2.13 CPU); a CUDA context adds about as much again.
+TYPICAL_BASE_BYTES = 448 << 20
+# Unchanged tensors are copied through a buffer of this size, or of one row if that is longer.
+COPY_BUFFER_BYTES = 32 << 20
+MAX_WORKERS = 16
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP_CURRENT = Path("/sys/fs/cgroup/memory.current")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits in bytes. ``base`` is what the process holds before any tensor is loaded."""
+
+    host: int
+    base: int = TYPICAL_BASE_BYTES
+    device: int = 0  # 0: the CPU computes
+
+    @property
+    def on_device(self) -> bool:
+        return self.device > 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How many tokens, in how many passes, and how large the pieces are that are computed."""
+
+    tokens: int
+    passes: int
+    load: Load
+    workers: int  # threads that quantize experts
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Bytes of weights: the largest layer, its largest indivisible part, the largest tensor."""
+
+    layer: int
+    indivisible: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes: what the budgets are, what the run will hold, and the least it could do with.
+
+    ``host`` counts the process's resident memory; ``device`` is 0 when computing on the CPU.
+    """
+
+    host_budget: int
+    host: int
+    smallest_host: int
+    device_budget: int
+    device: int
+    smallest_device: int
+    largest_group: int
+
+
+def fit(pieces: Pieces, config: ModelConfig, workload: Workload, budget: Budget) -> MemoryPlan:
+    """Choose how many bytes of weights a group may have.
+
+    Raises BudgetError, with the smallest budget that works, if even single experts do not fit.
+    """
+    statistics = statistics_bytes(config, workload.passes)
+    buffers = _buffers(config, workload, statistics)
+    at_start = budget.base + buffers + _embedding(config, workload)
+    compute = compute_bytes(config, workload.load, itemsize=2 if budget.on_device else 4)
+    if budget.on_device:
+        compute += statistics
+        group = min(pieces.layer, (budget.device - compute) // 2)
+        rows = 3 * workload.load.batch_tokens * config.hidden_size * 4
+        host = smallest_host = max(budget.base + buffers + rows + 2 * pieces.tensor, at_start)
+        device, smallest_device = compute + 2 * group, compute + 2 * pieces.indivisible
+    else:
+        fixed = budget.base + buffers + compute
+        group = min(pieces.layer, (budget.host - fixed) // 2)
+        host = max(fixed + 2 * group, at_start)
+        smallest_host = max(fixed + 2 * pieces.indivisible, at_start)
+        device = smallest_device = 0
+    if budget.host < smallest_host:
+        raise BudgetError(_too_little("host memory", "--memory", budget.host, smallest_host))
+    if budget.device < smallest_device:
+        raise BudgetError(
+            _too_little("device memory", "--device-memory", budget.device, smallest_device)
+        )
+    return MemoryPlan(
+        budget.host, host, smallest_host, budget.device, device, smallest_device, group
+    )
+
+
+def default_host_budget() -> int:
+    """Four fifths of the memory that is free on this machine, or within its control group."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = int(CGROUP_LIMIT.read_text())
+        free = min(free, limit - int(CGROUP_CURRENT.read_text()))
+    except (OSError, ValueError):
+        pass  # no control group, or one without a limit ("max")
+    return int(free * 0.8)
+
+
+def default_workers() -> int:
+    """Threads that quantize: one per core that this process may use."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+
+
+def statistics_bytes(config: ModelConfig, passes: int) -> int:
+    """What calibrate/observe.py keeps of one layer."""
+    channels = config.hidden_size + config.moe_intermediate_size
+    return passes * config.n_routed_experts * (channels * 4 + 16)
+
+
+def _buffers(config: ModelConfig, workload: Workload, statistics: int) -> int:
+    """Tokens, the copy buffer, statistics and their serialized form, quantized experts."""
+    quantized = config.hidden_size * config.moe_intermediate_size  # at most a byte per weight
+    return (
+        workload.tokens * 4
+        + max(COPY_BUFFER_BYTES, 2 * config.hidden_size * 2)
+        + 3 * statistics
+        + workload.workers * 2 * quantized
+    )
+
+
+def _embedding(config: ModelConfig, workload: Workload) -> int:
+    """The rows of the embedding that occur, and one batch of them."""
+    rows = min(config.vocab_size, workload.tokens) + 2 * workload.load.batch_tokens
+    return rows * config.hidden_size * 2 + workload.tokens * 8
+
+
+def _too_little(what: str, option: str, given: int, needed: int) -> str:
+    enough = format_bytes(needed, up=True)
+    return (
+        f"{format_bytes(given)} of {what} is too little: this run needs at least {enough}. Give"
+        f" {option} {enough.replace(' ', '')} or more, or a recipe with smaller batch_tokens and"
+        " max_tokens."
+    )
+
+
+def format_bytes(count: float, *, up: bool = False) -> str:
+    """``1.5 GiB``; with ``up``, never less than ``count``, so that it can be typed back."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            tenths = -(-count * 10 // size) if up else round(count * 10 / size)
+            return f"{tenths / 10:.1f} {unit}"
+    return f"{int(count)} B"

@@ -1,0 +1,358 @@
+"""What a run will do, from headers alone: every output byte, every group of weights, every limit.
+
+``survey`` validates a source; ``make_plan`` lays out shards, cuts layers into groups of experts
+that fit the memory budget, and adds up memory and disk. A budget that cannot work is refused here,
+with the smallest one that can. Imports no torch: ``fourge plan`` answers at once.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fourge.checkpoint.header import TensorInfo, aligned_bytes, read_checkpoint
+from fourge.checkpoint.metadata import (
+    exclude_list,
+    other_files,
+    quantized_config_text,
+    read_config,
+    refuse_quantized,
+)
+from fourge.checkpoint.names import PROJECTIONS, Role, expert_name, parse, split_fused
+from fourge.checkpoint.writer import OutTensor, ShardPlan, plan_shard
+from fourge.errors import CheckpointError, ConfigError
+from fourge.formats.layout import BLOCK_SIZE, packed_shape, scale_shape
+from fourge.models import config as model_config
+from fourge.models.footprint import Load
+from fourge.models.tensors import check_tensors, projection_shape
+from fourge.quantize.budget import (
+    Budget,
+    MemoryPlan,
+    Pieces,
+    Workload,
+    fit,
+    statistics_bytes,
+)
+from fourge.quantize.recipe import Recipe
+
+# A layer whose tensors exceed this is written as several shards (the BF16 MTP layer, mostly).
+MAX_SHARD_BYTES = 10 << 30
+
+
+@dataclass(frozen=True)
+class Source:
+    """A validated BF16 checkpoint; fused experts appear as the per-expert tensors inside them."""
+
+    folder: Path
+    config: model_config.ModelConfig
+    config_text: str
+    tensors: dict[str, TensorInfo]
+    shards: dict[str, int]
+    other_files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is in memory at a time: some experts of a layer, and first of all its other tensors."""
+
+    layer: int
+    tensors: tuple[TensorInfo, ...]
+    experts: range
+    is_first: bool
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One decoder layer: its output shards and the groups in which it is read."""
+
+    layer: int
+    is_sparse: bool
+    shards: tuple[ShardPlan, ...]
+    groups: tuple[Group, ...]
+    source_bytes: int
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """Tensors that go over unchanged: the embedding, the MTP layer, the final norm and lm_head."""
+
+    title: str
+    tensors: tuple[TensorInfo, ...]
+    shards: tuple[ShardPlan, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All output, in the order in which it is made."""
+
+    embedding: CopyPlan
+    layers: tuple[LayerPlan, ...]
+    tail: tuple[CopyPlan, ...]
+    excluded: tuple[str, ...]
+    config_text: str
+
+    @property
+    def shards(self) -> list[ShardPlan]:
+        parts = (self.embedding, *self.layers, *self.tail)
+        return [shard for part in parts for shard in part.shards]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that ``run`` needs to know before it starts."""
+
+    source: Source
+    recipe: Recipe
+    workload: Workload
+    layout: Layout
+    memory: MemoryPlan
+
+
+def survey(folder: Path, *, mtp: str) -> Source:
+    """Read the headers of a source and check that it is a complete BF16 model of a known family.
+
+    Raises CheckpointError or ConfigError with what was found, needed, and what to do.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of a BF16 checkpoint.")
+    config_text, raw = read_config(folder)
+    refuse_quantized(folder, raw)
+    config = model_config.from_dict(raw)
+    _check_block_size(config)
+    checkpoint = read_checkpoint(folder)
+    tensors = split_fused(checkpoint.tensors)
+    check_tensors(tensors, config, mtp=mtp == "bf16")
+    return Source(
+        folder, config, config_text, tensors, checkpoint.shards, tuple(other_files(folder))
+    )
+
+
+def _check_block_size(config: model_config.ModelConfig) -> None:
+    """Blocks of 16 run along the input of gate/up (hidden) and of down (intermediate)."""
+    for key in ("hidden_size", "moe_intermediate_size"):
+        size = getattr(config, key)
+        if "sparse" in config.mlp_types and size % BLOCK_SIZE:
+            raise ConfigError(
+                f"{key} is {size}; NVFP4 needs a multiple of {BLOCK_SIZE}: this model's experts"
+                " cannot be NVFP4."
+            )
+
+
+def make_plan(source: Source, recipe: Recipe, workload: Workload, budget: Budget) -> Plan:
+    """Lay out the output and fit the run into ``budget``; BudgetError if it cannot fit."""
+    layers = _tensors_by_layer(source)
+    memory = fit(_pieces(source, layers), source.config, workload, budget)
+    layout = _layout(source, recipe, layers, memory.largest_group)
+    return Plan(source, recipe, workload, layout, memory)
+
+
+def _tensors_by_layer(source: Source) -> dict[int | None, list[TensorInfo]]:
+    layers: dict[int | None, list[TensorInfo]] = {}
+    for name, info in source.tensors.items():
+        layers.setdefault(parse(name).layer, []).append(info)
+    return layers
+
+
+def _layout(
+    source: Source, recipe: Recipe, layers: dict[int | None, list[TensorInfo]], capacity: int
+) -> Layout:
+    config = source.config
+    mtp_layers = config.mtp_layers if recipe.mtp == "bf16" else range(0)
+    decoder = range(config.num_hidden_layers)
+    global_tensors = {parse(info.name).role: info for info in layers[None]}
+    head = tuple(
+        global_tensors[role] for role in (Role.FINAL_NORM, Role.LM_HEAD) if role in global_tensors
+    )
+    # Output tensors of each stage, in the order in which stages are made.
+    stages: list[list[OutTensor]] = [_copied([global_tensors[Role.EMBEDDING]])]
+    stages += [_quantized(config, layers[layer]) for layer in decoder]
+    stages += [_copied(layers[layer]) for layer in mtp_layers]
+    stages += [_copied(head)]
+    shards = _plan_shards(stages)
+    dense = [layer for layer in decoder if not config.is_sparse(layer)]
+    excluded = exclude_list(dense, mtp_layers)
+    return Layout(
+        CopyPlan("embedding", (global_tensors[Role.EMBEDDING],), shards[0]),
+        tuple(
+            LayerPlan(
+                layer,
+                config.is_sparse(layer),
+                shards[1 + layer],
+                _cut(config, layer, layers[layer], capacity),
+                sum(info.nbytes for info in layers[layer]),
+            )
+            for layer in decoder
+        ),
+        (
+            *(
+                CopyPlan(f"MTP layer {layer}", tuple(layers[layer]), shards[1 + layer])
+                for layer in mtp_layers
+            ),
+            CopyPlan("final norm and lm_head", head, shards[-1]),
+        ),
+        tuple(excluded),
+        quantized_config_text(source.config_text, excluded, drop_mtp=recipe.mtp == "drop"),
+    )
+
+
+def _copied(tensors: Iterable[TensorInfo]) -> list[OutTensor]:
+    return [OutTensor(info.name, info.dtype, info.shape) for info in tensors]
+
+
+def _quantized(config: model_config.ModelConfig, tensors: list[TensorInfo]) -> list[OutTensor]:
+    result: list[OutTensor] = []
+    for info in tensors:
+        parsed = parse(info.name)
+        if parsed.role != Role.ROUTED_EXPERT:
+            result.append(OutTensor(info.name, info.dtype, info.shape))
+            continue
+        assert parsed.projection is not None
+        shape = projection_shape(config, parsed.projection)
+        base = info.name.removesuffix("weight")
+        result += [
+            OutTensor(base + "weight", "U8", packed_shape(shape)),
+            OutTensor(base + "weight_scale", "F8_E4M3", scale_shape(shape)),
+            OutTensor(base + "weight_scale_2", "F32", ()),
+            OutTensor(base + "input_scale", "F32", ()),
+        ]
+    return result
+
+
+def _plan_shards(stages: list[list[OutTensor]]) -> list[tuple[ShardPlan, ...]]:
+    """Cut stages that are too large, then number all files through."""
+    pieces = [_split_at_limit(stage) for stage in stages]
+    count = sum(len(stage) for stage in pieces)
+    names = iter(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+    return [tuple(plan_shard(next(names), piece) for piece in stage) for stage in pieces]
+
+
+def _split_at_limit(tensors: list[OutTensor]) -> list[list[OutTensor]]:
+    pieces: list[list[OutTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if pieces[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(tensor)
+        size += tensor.nbytes
+    return pieces
+
+
+def _cut(
+    config: model_config.ModelConfig, layer: int, tensors: list[TensorInfo], capacity: int
+) -> tuple[Group, ...]:
+    """Cut a layer into groups of at most ``capacity`` bytes: the rest first, then whole experts."""
+    rest, experts = _split_experts(layer, tensors, config)
+    cuts: list[tuple[list[TensorInfo], int, int]] = [(rest, 0, 0)]
+    for expert, own in enumerate(experts):
+        members, first, _ = cuts[-1]
+        if aligned_bytes([*members, *own]) > capacity:
+            cuts.append((list(own), expert, expert + 1))
+        else:
+            members += own
+            cuts[-1] = (members, first, expert + 1)
+    return tuple(
+        Group(layer, tuple(members), range(first, end), number == 0, number == len(cuts) - 1)
+        for number, (members, first, end) in enumerate(cuts)
+    )
+
+
+def _split_experts(
+    layer: int, tensors: list[TensorInfo], config: model_config.ModelConfig
+) -> tuple[list[TensorInfo], list[list[TensorInfo]]]:
+    """A layer's other tensors, and the three projections of each routed expert."""
+    rest = [info for info in tensors if parse(info.name).role != Role.ROUTED_EXPERT]
+    if not config.is_sparse(layer):
+        return rest, []
+    by_name = {info.name: info for info in tensors}
+    experts = [
+        [by_name[expert_name(layer, expert, projection)] for projection in PROJECTIONS]
+        for expert in range(config.n_routed_experts)
+    ]
+    return rest, experts
+
+
+def _pieces(source: Source, layers: dict[int | None, list[TensorInfo]]) -> Pieces:
+    whole, least = 1, 1
+    for layer in range(source.config.num_hidden_layers):
+        rest, experts = _split_experts(layer, layers[layer], source.config)
+        whole = max(whole, aligned_bytes(layers[layer]))
+        least = max(least, aligned_bytes(rest), *(aligned_bytes(own) for own in experts))
+    decoder = (info for layer, members in layers.items() if layer is not None for info in members)
+    return Pieces(whole, least, max(info.nbytes for info in decoder))
+
+
+def upper_workload(source: Source, recipe: Recipe, *, workers: int) -> Workload:
+    """The largest workload that the recipe allows, for planning without its data."""
+    tokens = sum(one.samples * one.max_tokens for one in recipe.passes)
+    longest = max(one.max_tokens for one in recipe.passes)
+    batch = min(max(recipe.batch_tokens, longest), tokens)
+    return Workload(tokens, len(recipe.passes), Load(batch, longest), workers)
+
+
+def disk_bytes(plan: Plan) -> tuple[int, int]:
+    """Bytes that the output and the work folder will take at most."""
+    config, layout, num_tokens = plan.source.config, plan.layout, plan.workload.tokens
+    output = sum(shard.nbytes for shard in layout.shards)
+    output += sum((plan.source.folder / path).stat().st_size for path in plan.source.other_files)
+    num_sparse = sum(layer.is_sparse for layer in layout.layers)
+    output += num_sparse * statistics_bytes(config, plan.workload.passes)
+    row = 2 * 2 * config.hidden_size  # BF16, a layer's input and its output
+    if "shared" in config.indexer_types:
+        row += 2 * 4 * config.index_topk
+    if any(len(layer.groups) > 1 for layer in layout.layers):
+        row += 8 * config.hidden_size + 12 * config.num_experts_per_tok
+    return output, num_tokens * (row + 4)
+
+
+def describe(plan: Plan) -> dict:
+    """The plan as a JSON document (``fourge plan --json``, and part of ``fourge/run.json``)."""
+    output, work = disk_bytes(plan)
+    source, layout, memory = plan.source, plan.layout, plan.memory
+    roles = {str(role): {"tensors": 0, "bytes": 0} for role in Role}
+    for name, info in source.tensors.items():
+        entry = roles[parse(name).role]
+        entry["tensors"] += 1
+        entry["bytes"] += info.nbytes
+    return {
+        "model_type": source.config.model_type,
+        "layers": source.config.num_hidden_layers,
+        "mtp": plan.recipe.mtp if source.config.num_nextn_predict_layers else "none",
+        "roles": {role: entry for role, entry in roles.items() if entry["tensors"]},
+        "bytes_in": sum(info.nbytes for info in source.tensors.values()),
+        "bytes_out": sum(sum(shard.sizes.values()) for shard in layout.shards),
+        "shards": len(layout.shards),
+        "tokens": plan.workload.tokens,
+        "groups_per_layer": max(len(layer.groups) for layer in layout.layers),
+        "memory": asdict(memory),
+        "disk": {"output": output, "work": work},
+        "excluded": list(layout.excluded),
+        "unknown_config_keys": list(source.config.unknown_keys),
+    }
+
+
+def header_digest(source: Source) -> dict[str, str]:
+    """Shard name -> sha256 over its size and header: what a resumed run compares."""
+    digests = {}
+    for file, size in source.shards.items():
+        with (source.folder / file).open("rb") as stream:
+            length = stream.read(8)
+            header = stream.read(int.from_bytes(length, "little"))
+        digests[file] = hashlib.sha256(f"{size}:".encode() + length + header).hexdigest()
+    return digests
+
+
+def config_digest(source: Source) -> str:
+    """sha256 of the source's config.json."""
+    return hashlib.sha256(source.config_text.encode()).hexdigest()
+
+
+def file_digests(source: Source) -> dict[str, str]:
+    """Relative path -> sha256 of the files that are copied (tokenizer, template, ...)."""
+    digests = {}
+    for path in source.other_files:
+        with (source.folder / path).open("rb") as stream:
+            digests[path.as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return digests

@@ -1,0 +1,218 @@
+"""The run: embedding, layer after layer, what goes over unchanged, records.
+
+    for layer in what is not done:      (layer.py)
+        read it, run all tokens through it once, write it quantized, commit it
+Killed anywhere, the same call goes on from the last committed layer: resume.py says how.
+Memory: what plan.memory says; budget.py has the sum.
+"""
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+import numba
+import numpy as np
+import torch
+
+from fourge import __version__
+from fourge.calibrate.activations import Batch, hidden_file, make_batches
+from fourge.calibrate.observe import LayerStatistics
+from fourge.calibrate.routing import Coverage, layer_record, summarize
+from fourge.checkpoint.header import TensorInfo, read_checkpoint
+from fourge.checkpoint.metadata import copy_files, write_metadata
+from fourge.checkpoint.source import FileReader, TensorStream, check_finite, read_pieces
+from fourge.checkpoint.writer import ShardPlan, is_written, write_index, write_json
+from fourge.errors import OutputError
+from fourge.models import layer as model
+from fourge.quantize.budget import COPY_BUFFER_BYTES
+from fourge.quantize.layer import Job, LayerWriter, run_layer
+from fourge.quantize.plan import CopyPlan, describe, disk_bytes
+from fourge.quantize.progress import OnProgress, Progress, peak_resident
+from fourge.quantize.resume import FINGERPRINT_NAME, RUN_NAME, check_space, remove_partial
+
+
+@torch.inference_mode()
+def quantize(job: Job, on_progress: OnProgress) -> dict:
+    """Make the checkpoint of ``job``, or what is left of it, and return the record of the run.
+
+    Raises FourgeError subclasses; whatever was committed stays and is not done again.
+    """
+    layers = job.plan.layout.layers
+    for folder in (job.own / "statistics", job.work):
+        folder.mkdir(parents=True, exist_ok=True)
+    remove_partial(job.out, job.work)
+    _check_space(job)
+    progress = Progress(
+        layers=len(layers),
+        tokens_per_layer=job.plan.workload.tokens,
+        budget=job.plan.memory.host_budget,
+        notify=on_progress,
+    )
+    lengths, pass_of = job.corpus.lengths.tolist(), job.corpus.pass_of.tolist()
+    batches = make_batches(lengths, pass_of, batch_tokens=job.plan.recipe.batch_tokens)
+    with FileReader(job.plan.source.folder) as files:
+        if not _is_done(job, job.plan.layout.embedding.shards):
+            progress.stage("embedding", layers_done=0)
+            _embed(job, files, batches, progress)
+        _run_layers(job, batches, progress)
+        for copy in job.plan.layout.tail:
+            if not _is_done(job, copy.shards):
+                progress.stage(copy.title, layers_done=len(layers))
+                _copy(job, files, copy, progress)
+    progress.stage("closing", layers_done=len(layers))
+    return _finish(job, progress)
+
+
+def _is_done(job: Job, shards: tuple[ShardPlan, ...]) -> bool:
+    return all(is_written(job.out, shard) for shard in shards)
+
+
+def _check_space(job: Job) -> None:
+    output, work = disk_bytes(job.plan)
+    shards = job.plan.layout.shards
+    written = sum(shard.nbytes for shard in shards if is_written(job.out, shard))
+    kept = sum(path.stat().st_blocks * 512 for path in job.work.glob("*.bin"))
+    check_space([(job.out, output - written), (job.work, max(0, work - kept))])
+
+
+def _run_layers(job: Job, batches: list[Batch], progress: Progress) -> None:
+    layers = job.plan.layout.layers
+    remaining = [layer for layer in layers if not _is_done(job, layer.shards)]
+    if not remaining:
+        return
+    if remaining != list(layers[remaining[0].layer :]):
+        raise OutputError(
+            f"{job.out} has shards of later layers but not of layer {remaining[0].layer}: it was"
+            " changed from outside; remove the folder and start again."
+        )
+    rope = model.rope_table(job.plan.source.config, int(job.corpus.lengths.max()), job.device)
+    groups = [group.tensors for layer in remaining for group in layer.groups]
+    stream = iter(TensorStream(job.plan.source.folder, groups, device=job.device))
+    progress.begin_layers(sum(layer.source_bytes for layer in remaining))
+    for layer in remaining:
+        progress.stage(f"layer {layer.layer}", layers_done=layer.layer)
+        run_layer(job, layer, stream, batches, rope, progress)
+
+
+def _embed(job: Job, files: FileReader, batches: list[Batch], progress: Progress) -> None:
+    """Copy the embedding and look every token up, both from one reading of the table.
+
+    Memory: the rows of those tokens that occur at all, at most the whole table.
+    """
+    (info,), config = job.plan.layout.embedding.tensors, job.plan.source.config
+    used = np.unique(job.corpus.tokens)
+    table = torch.empty(len(used), config.hidden_size, dtype=torch.bfloat16)
+    hidden = hidden_file(job.work, config, 0).create()
+    try:
+        with LayerWriter(job.out, job.plan.layout.embedding.shards) as writer:
+            for first, rows in _copy_pieces(files, [info], writer, progress):
+                low, high = np.searchsorted(used, [first, first + len(rows)])
+                table[low:high] = rows[torch.from_numpy(used[low:high] - first)]
+            for batch in batches:
+                tokens = job.corpus.tokens[batch.start : batch.start + batch.tokens]
+                hidden.write(batch.start, table[torch.from_numpy(np.searchsorted(used, tokens))])
+            hidden.commit()
+            writer.commit()
+    finally:
+        hidden.close()
+
+
+def _copy(job: Job, files: FileReader, copy: CopyPlan, progress: Progress) -> None:
+    with LayerWriter(job.out, copy.shards) as writer:
+        for _ in _copy_pieces(files, copy.tensors, writer, progress):
+            pass
+        writer.commit()
+
+
+def _copy_pieces(
+    files: FileReader, tensors: Sequence[TensorInfo], writer: LayerWriter, progress: Progress
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Copy tensors through one buffer, and yield (first row, rows) of every piece on its way."""
+    longest_row = max(info.nbytes // (info.shape or (1,))[0] for info in tensors)
+    buffer = torch.empty(max(COPY_BUFFER_BYTES, longest_row), dtype=torch.uint8)
+    for info in tensors:
+        for first, rows in read_pieces(files, info, buffer):
+            check_finite(info.name, rows)
+            writer.write(info.name, rows, first * rows.shape[1] * rows.dtype.itemsize)
+            progress.advance(read=rows.nbytes, written=rows.nbytes)
+            yield first, rows
+
+
+def _finish(job: Job, progress: Progress) -> dict:
+    """Everything that is not a shard, config.json and run.json last; then the work is removed."""
+    source, layout = job.plan.source, job.plan.layout
+    write_index(job.out, layout.shards)
+    _verify(job)
+    copy_files(source.folder, job.out, source.other_files)
+    coverage = _write_coverage(job)
+    write_metadata(job.out, layout.config_text, list(layout.excluded))
+    record = _record(job, progress, coverage)
+    write_json(job.own / RUN_NAME, record)
+    shutil.rmtree(job.work)
+    (job.own / FINGERPRINT_NAME).unlink(missing_ok=True)
+    return record
+
+
+def _verify(job: Job) -> None:
+    """Read the written headers back: every planned tensor is there, and nothing else."""
+    written = read_checkpoint(job.out).tensors
+    planned = {name for shard in job.plan.layout.shards for name in shard.sizes}
+    assert set(written) == planned, "the written checkpoint differs from the plan"
+
+
+def _write_coverage(job: Job) -> Coverage:
+    layers = [
+        layer_record(
+            layer.layer, job.corpus.passes, LayerStatistics.load(job.statistics_path(layer.layer))
+        )
+        for layer in job.plan.layout.layers
+        if layer.is_sparse
+    ]
+    coverage = summarize(layers)
+    document = {
+        "passes": list(job.corpus.passes),
+        "summary": coverage._asdict(),
+        "layers": layers,
+    }
+    write_json(job.own / "coverage.json", document)
+    return coverage
+
+
+def _record(job: Job, progress: Progress, coverage: Coverage) -> dict:
+    """``fourge/run.json``. Everything that differs between two runs of one input is in "timing"."""
+    plan = job.plan
+    return {
+        "finished": True,
+        "fourge": __version__,
+        "fingerprint": job.fingerprint,
+        "plan": describe(plan),
+        "data": job.corpus.record,
+        "statistics": [
+            job.statistics_path(layer.layer).relative_to(job.out).as_posix()
+            for layer in plan.layout.layers
+            if layer.is_sparse
+        ],
+        "coverage": coverage._asdict(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "numba": numba.__version__,
+        },
+        "timing": {
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "device": str(job.device),
+            "machine": platform.machine(),
+            "seconds": round(progress.elapsed_s, 3),
+            "peak_resident_bytes": peak_resident(),
+            "peak_device_bytes": (
+                torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else 0
+            ),
+            "layers": [
+                {"layer": layer.layer, **json.loads(job.timing_path(layer.layer).read_bytes())}
+                for layer in plan.layout.layers
+            ],
+        },
+    }

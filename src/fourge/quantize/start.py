@@ -1,0 +1,145 @@
+"""From a request to a finished checkpoint: validate, gather tokens, plan, lock, run.
+
+Everything that can be known to fail is made to fail before the first long step, cheapest first:
+recipe and headers, then data, then budgets, then the run. Heavy imports are at home here; the
+torch-free part of planning is plan.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from fourge.calibrate.activations import make_batches
+from fourge.calibrate.corpus import RECORD_FILE, Corpus, build_corpus
+from fourge.calibrate.sources import identify_data
+from fourge.checkpoint.writer import writing
+from fourge.errors import BudgetError
+from fourge.formats import kernels
+from fourge.formats.nvfp4 import weight_scale_2
+from fourge.models.footprint import Load
+from fourge.quantize.budget import Budget, Workload, default_host_budget, default_workers
+from fourge.quantize.layer import Job
+from fourge.quantize.plan import Source, make_plan, survey
+from fourge.quantize.progress import OnProgress, peak_resident
+from fourge.quantize.recipe import Recipe, to_dict
+from fourge.quantize.resume import (
+    OWN_FOLDER,
+    check_fingerprint,
+    check_target,
+    fingerprint,
+    finished_run,
+    locked,
+)
+from fourge.quantize.run import quantize
+
+# Resident memory that threads, stacks and the allocator add once the run is under way.
+SETTLING_BYTES = 64 << 20
+# Part of the free device memory that is used when no budget is given.
+DEVICE_SHARE = 0.9
+
+OnData = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for; memory in bytes, None for what the machine has free."""
+
+    source: Path
+    out: Path
+    recipe: Recipe
+    device: str = "auto"
+    memory: int | None = None
+    device_memory: int | None = None
+    work: Path | None = None
+
+
+def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -> dict:
+    """Do all of it and return the record of the run (``fourge/run.json``).
+
+    A finished output with the same input is left alone and its record returned. Raises FourgeError.
+    """
+    source = survey(request.source, mtp=request.recipe.mtp)
+    check_target(request.out, request.source)
+    device = choose_device(request.device)
+    own = request.out / OWN_FOLDER
+    work = request.work or own / "work"
+    with writing(work):
+        own.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+    with locked(own), locked(work):
+        data = {spec.name: identify_data(spec.data) for spec in request.recipe.passes}
+        identity = fingerprint(source, to_dict(request.recipe), data)
+        check_fingerprint(request.out, identity)
+        done = finished_run(request.out)
+        if done is not None:
+            return done
+        corpus = _corpus(source, request.recipe, work, on_data)
+        workload = measure_workload(corpus, request.recipe)
+        budget = _budget(request, device)
+        plan = make_plan(source, request.recipe, workload, budget)
+        job = Job(plan, corpus, identity, request.out, own, work, device)
+        return quantize(job, on_progress)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU if there is one. BudgetError if a GPU is asked for and there is none."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise BudgetError(
+            "--device cuda was asked for, but torch finds no CUDA device: install a CUDA build of"
+            " torch, or use --device cpu."
+        )
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def measure_workload(corpus: Corpus, recipe: Recipe) -> Workload:
+    """How large the pieces are in which this corpus is computed."""
+    lengths = corpus.lengths.tolist()
+    batches = make_batches(lengths, corpus.pass_of.tolist(), batch_tokens=recipe.batch_tokens)
+    load = Load(max(batch.tokens for batch in batches), max(lengths))
+    return Workload(sum(lengths), len(corpus.passes), load, default_workers())
+
+
+def _corpus(source: Source, recipe: Recipe, work: Path, on_data: OnData) -> Corpus:
+    """The tokens that an interrupted run kept, else new ones, kept for the next run.
+
+    The fingerprint has already told that recipe and data are the same.
+    """
+    if (work / RECORD_FILE).exists():
+        return Corpus.load(work)
+    corpus = build_corpus(
+        recipe.passes,
+        checkpoint=source.folder,
+        vocab_size=source.config.vocab_size,
+        max_bad_share=recipe.max_bad_share,
+        on_progress=on_data,
+    )
+    corpus.save(work)
+    return corpus
+
+
+def _budget(request: Request, device: torch.device) -> Budget:
+    """Limits, and what the process holds by now, kernels compiled."""
+    _warm_up(device)
+    host = request.memory or default_host_budget()
+    resident = psutil.Process().memory_info().rss + SETTLING_BYTES
+    if peak_resident() > host:
+        raise BudgetError(
+            f"--memory {host >> 20}MiB is less than the {-(-peak_resident() >> 20)}MiB that the"
+            " process itself took to start; give more."
+        )
+    if device.type == "cpu":
+        return Budget(host, resident)
+    free, _ = torch.cuda.mem_get_info(device)
+    limit = request.device_memory or request.memory or free
+    return Budget(host, resident, min(limit, int(free * DEVICE_SHARE)))
+
+
+def _warm_up(device: torch.device) -> None:
+    """Compile kernels and start thread pools, so that their memory is counted."""
+    weights = torch.ones(16, 64, dtype=torch.bfloat16, device=device)
+    kernels.quantize(weights, weight_scale_2(kernels.amax(weights)))
+    torch.mm(torch.ones(256, 256, device=device), torch.ones(256, 256, device=device))

@@ -33,11 +33,12 @@ def scored(
     x = torch.randn(LENGTH, hidden, generator=generator)
     query = torch.randn(LENGTH, latent, generator=generator)
     table = rope_table(config, LENGTH, "cpu")
-    index = dsa.project(x, weights, config, table)
-    topk = dsa.select(query, index, weights, config, table)
+    index = dsa.project(x[None], weights, config, table)
+    (topk,) = dsa.select(query[None], index, weights, config, table)
 
     def front_rotated(y: torch.Tensor) -> torch.Tensor:
-        turned = rotate(y[..., :8].float(), table, interleave=request.param)
+        own = table if y.ndim == 2 else table.for_heads()
+        turned = rotate(y[..., :8].float(), own, interleave=request.param)
         return torch.cat([turned.double(), y[..., 8:]], -1)
 
     w = {name.removeprefix("self_attn.indexer."): t.double() for name, t in weights.items()}
@@ -68,11 +69,12 @@ def test_padding_fills_only_the_rows_with_fewer_positions(
 
 
 def test_a_selection_mask_is_true_at_the_selected_positions_alone() -> None:
-    topk = torch.tensor([[0, -1], [1, -1], [0, 2]], dtype=torch.int32)
-    mask = dsa.selection_mask(topk, slice(1, 3), device=torch.device("cpu"))
-    assert mask.tolist() == [[False, True, False], [True, False, True]]
+    topk = torch.tensor([[[0, -1], [1, -1], [0, 2]], [[0, -1], [0, 1], [1, 2]]], dtype=torch.int32)
+    mask = dsa.selection_mask(topk, slice(1, 3))
+    assert mask[0].tolist() == [[False, True, False], [True, False, True]]
+    assert mask[1].tolist() == [[True, True, False], [False, True, True]]
 
 
 def test_without_a_selection_the_mask_is_causal() -> None:
-    mask = dsa.selection_mask(None, slice(1, 3), device=torch.device("cpu"))
+    mask = dsa.causal_mask(slice(1, 3), device=torch.device("cpu"))
     assert mask.tolist() == [[True, True, False], [True, True, True]]

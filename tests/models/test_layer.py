@@ -46,6 +46,30 @@ def test_packed_sequences_do_not_see_each_other(twin: Twin) -> None:
             assert torch.equal(selected.sort().values, expected.sort().values)
 
 
+def test_sequences_of_one_length_side_by_side_are_as_if_alone(twin: Twin) -> None:
+    lengths = [50, 50, 50, 20, 20, 50]
+    assert list(chunks.runs(lengths)) == [(0, 3), (3, 2), (5, 1)]
+    hidden = hidden_states(sum(lengths))
+    given: list[torch.Tensor | None] | None = None
+    for layer in (0, 1):  # layer 1 shares the selection of layer 0
+        together, topk = attend(twin, layer, hidden, lengths, given)
+        for number, part in enumerate(hidden.split(lengths)):
+            own = None if given is None else [given[number]]
+            alone, alone_topk = attend(twin, layer, part, [len(part)], own)
+            assert torch.allclose(together.split(lengths)[number], alone, atol=1e-6, rtol=0)
+            selected, expected = topk[number], alone_topk[0]
+            assert (selected is None) == (expected is None) == (len(part) <= 32)
+            if selected is not None and expected is not None:
+                assert torch.equal(selected.sort().values, expected.sort().values)
+        given = list(topk)
+
+
+def test_a_run_of_sequences_is_bounded() -> None:
+    assert list(chunks.runs([chunks.RUN_TOKENS // 2] * 5)) == [(0, 2), (2, 2), (4, 1)]
+    assert list(chunks.runs([chunks.RUN_TOKENS * 2] * 2)) == [(0, 1), (1, 1)]
+    assert list(chunks.runs((3, 3))) == [(0, 2)]
+
+
 def test_a_selection_holds_index_topk_earlier_positions_once_each(twin: Twin) -> None:
     _, (topk,) = attend(twin, 0, hidden_states(100), [100], None)
     assert topk is not None
@@ -63,7 +87,9 @@ def test_a_shared_layer_uses_the_selection_it_is_given_and_hands_it_on(twin: Twi
     _, second = attend(twin, 2, hidden, [100], None)
     by_first, passed = attend(twin, 1, hidden, [100], first)
     by_second, _ = attend(twin, 1, hidden, [100], second)
-    assert passed[0] is first[0]
+    assert passed[0] is not None
+    assert first[0] is not None
+    assert torch.equal(passed[0], first[0])
     assert (by_first - by_second).abs().max() > 1e-2
 
 
@@ -80,9 +106,9 @@ def test_the_indexer_of_a_low_precision_run_keeps_its_float32_weights(twin: Twin
     _, (topk,) = attend(twin, 0, hidden, [100], None)
     rope = layers.rope_table(config, 100, "cpu")
     x = rms_norm(hidden, weights["input_layernorm.weight"], config.rms_norm_eps)
-    latents = mla.project(x, weights, config, rope)
-    index = dsa.project(x, weights, config, rope)
-    expected = dsa.select(latents.query_LQ, index, weights, config, rope)
+    latents = mla.project(x[None], weights, config, rope)
+    index = dsa.project(x[None], weights, config, rope)
+    (expected,) = dsa.select(latents.query_MLQ, index, weights, config, rope)
     assert topk is not None
     assert torch.equal(topk.sort().values, expected.sort().values)
 
@@ -109,8 +135,8 @@ def test_chunk_sizes_do_not_change_the_result(
     monkeypatch.setattr(chunks, "SCORE_ELEMENTS", 1)
     monkeypatch.setattr(chunks, "MIN_QUERIES", 13)
     assert chunks.head_group(twin.config, 150) == 2
-    assert chunks.attention_queries(twin.config, 150) == 13
-    assert chunks.index_queries(150) == 13
+    assert chunks.attention_queries(twin.config, 1, 150) == 13
+    assert chunks.index_queries(1, 150) == 13
     pieces, pieces_topk = attend(twin, 0, hidden, [150], None)
     assert torch.allclose(whole, pieces, atol=2e-6, rtol=0)
     if index_topk == 32:
@@ -132,10 +158,11 @@ def test_chunks_of_the_real_model_are_bounded(raw_config: dict[str, Any]) -> Non
     assert chunks.head_group(config, 1024) == 22
     for length in (8192, 65536):
         group = chunks.head_group(config, length)
-        # A single head is the least there can be.
+        # A single head and 256 queries are the least there can be.
         assert group * chunks.head_elements(config, length) <= max(1 << 25, length * 1472)
-        assert group * length * chunks.attention_queries(config, length) <= 1 << 22
-        assert length * chunks.index_queries(length) <= 1 << 22
+        scores = group * length * chunks.attention_queries(config, 1, length)
+        assert scores <= max(1 << 22, group * length * 256)
+        assert length * chunks.index_queries(1, length) <= max(1 << 22, length * 256)
 
 
 def test_dense_mlp_in_row_chunks_equals_the_whole(

@@ -56,7 +56,7 @@ def test_rotation_is_a_complex_product_over_pairs_and_keeps_their_places() -> No
 def test_heads_are_rotated_alike_and_the_dtype_is_kept() -> None:
     x_LHR = torch.randn(4, 2, 6).bfloat16()
     table = RopeTable(torch.rand(4, 3), torch.rand(4, 3))
-    turned = rotate(x_LHR, table, interleave=True)
+    turned = rotate(x_LHR, table.for_heads(), interleave=True)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned[:, 1], rotate(x_LHR[:, 1], table, interleave=True))
 

@@ -51,9 +51,7 @@ def test_checkpoints_of_every_family_pass(tmp_path: Path, family: str, fused: bo
 
 def test_a_missing_tensor_is_named(tensors: Tensors):
     del tensors["model.layers.1.mlp.experts.3.up_proj.weight"]
-    with pytest.raises(
-        CheckpointError, match=r"1 tensors.*layers\.1\.mlp\.experts\.3"
-    ):
+    with pytest.raises(CheckpointError, match=r"1 tensors.*layers\.1\.mlp\.experts\.3"):
         check_tensors(tensors, CONFIG, mtp=True)
 
 

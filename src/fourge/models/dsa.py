@@ -21,79 +21,83 @@ from fourge.models.linear import linear
 from fourge.models.norm import layer_norm
 from fourge.models.rope import RopeTable, rotate
 
-# L tokens of the sequence, D hidden, Q query latent, H index heads, I index head size,
+# M sequences, L tokens of each, D hidden, Q query latent, H index heads, I index head size,
 # R rotated numbers, N tokens of a chunk, S keys up to the chunk's last, K index_topk
 
 _KEY_NORM_EPS = 1e-6
 
 
 class IndexInput(NamedTuple):
-    """The indexer's view of a sequence's tokens, float32."""
+    """The indexer's view of the tokens of M sequences, float32."""
 
-    key_LI: torch.Tensor  # normed, rotated
-    weight_LH: torch.Tensor  # of each head
+    key_MLI: torch.Tensor  # normed, rotated
+    weight_MLH: torch.Tensor  # of each head
 
 
 def project(
-    x_ND: torch.Tensor,
+    x_MND: torch.Tensor,
     weights: Mapping[str, torch.Tensor],
     config: ModelConfig,
     rope: RopeTable,
 ) -> IndexInput:
-    """Keys and head weights of x_ND, the layer's normed input; ``rope`` holds its N positions."""
-    key_NI = layer_norm(
-        linear(x_ND, weights["self_attn.indexer.wk.weight"]),
+    """Keys and head weights of x_MND, the layer's normed input; ``rope`` holds its N positions."""
+    key_MNI = layer_norm(
+        linear(x_MND, weights["self_attn.indexer.wk.weight"]),
         weights["self_attn.indexer.k_norm.weight"],
         weights["self_attn.indexer.k_norm.bias"],
         _KEY_NORM_EPS,
     )
-    weight_NH = linear(x_ND.float(), weights["self_attn.indexer.weights_proj.weight"])
-    return IndexInput(_rotate_front(key_NI, config, rope).float(), weight_NH)
+    weight_MNH = linear(x_MND.float(), weights["self_attn.indexer.weights_proj.weight"])
+    return IndexInput(_rotate_front(key_MNI, config, rope).float(), weight_MNH)
 
 
 def select(
-    query_LQ: torch.Tensor,
+    query_MLQ: torch.Tensor,
     index: IndexInput,
     weights: Mapping[str, torch.Tensor],
     config: ModelConfig,
     rope: RopeTable,
 ) -> torch.Tensor:
-    """The positions that each token attends to, int32 [L, index_topk], -1 where there are fewer."""
-    length, num_selected = len(query_LQ), config.index_topk
-    device = query_LQ.device
-    topk_LK = torch.full((length, num_selected), -1, dtype=torch.int32, device=device)
-    for rows in chunks.slices(length, chunks.index_queries(length)):
-        if rows.stop <= num_selected:
-            earlier_NS = selection_mask(None, rows, device=device)
-            position_S = torch.arange(rows.stop, dtype=torch.int32, device=device)
-            topk_LK[rows, : rows.stop] = torch.where(earlier_NS, position_S, -1)
-            continue
-        query_NHI = linear(query_LQ[rows], weights["self_attn.indexer.wq_b.weight"])
-        query_NHI = query_NHI.unflatten(-1, (config.index_n_heads, config.index_head_dim))
-        query_NHI = _rotate_front(query_NHI, config, rope.rows(rows)).float()
-        score_NS = _scores(query_NHI, index.key_LI[: rows.stop], index.weight_LH[rows])
-        later_NN = torch.ones(len(score_NS), len(score_NS), dtype=torch.bool, device=device)
-        score_NS[:, rows.start :].masked_fill_(later_NN.triu_(1), -torch.inf)
-        best = score_NS.topk(num_selected, dim=-1, sorted=False)
-        topk_LK[rows] = best.indices.masked_fill(best.values == -torch.inf, -1).int()
-    return topk_LK
-
-
-def selection_mask(
-    topk_LK: torch.Tensor | None, rows: slice, *, device: torch.device
-) -> torch.Tensor:
-    """Bool [len(rows), rows.stop], True where the queries ``rows`` of a sequence look: at the
-    positions in ``topk_LK``, or at all positions up to their own (None).
+    """The positions that each token attends to, int32 [M, L, index_topk]; -1 where there are
+    fewer.
     """
-    num_rows, num_keys = rows.stop - rows.start, rows.stop
-    if topk_LK is None:
-        causal = torch.ones(num_rows, num_keys, dtype=torch.bool, device=device)
-        return causal.tril_(rows.start)
-    chosen_NK = topk_LK[rows].long()
+    count, length = query_MLQ.shape[:2]
+    num_selected, device = config.index_topk, query_MLQ.device
+    topk_MLK = torch.full((count, length, num_selected), -1, dtype=torch.int32, device=device)
+    for rows in chunks.slices(length, chunks.index_queries(count, length)):
+        if rows.stop <= num_selected:
+            position_S = torch.arange(rows.stop, dtype=torch.int32, device=device)
+            earlier_NS = causal_mask(rows, device=device)
+            topk_MLK[:, rows, : rows.stop] = torch.where(earlier_NS, position_S, -1)
+            continue
+        query_MNHI = linear(query_MLQ[:, rows], weights["self_attn.indexer.wq_b.weight"])
+        query_MNHI = query_MNHI.unflatten(-1, (config.index_n_heads, config.index_head_dim))
+        query_MNHI = _rotate_front(query_MNHI, config, rope.rows(rows).for_heads()).float()
+        score_MNS = _scores(query_MNHI, index.key_MLI[:, : rows.stop], index.weight_MLH[:, rows])
+        size = rows.stop - rows.start
+        later_NN = torch.ones(size, size, dtype=torch.bool, device=device).triu_(1)
+        score_MNS[..., rows.start :].masked_fill_(later_NN, -torch.inf)
+        best = score_MNS.topk(num_selected, dim=-1, sorted=False)
+        topk_MLK[:, rows] = best.indices.masked_fill(best.values == -torch.inf, -1).int()
+    return topk_MLK
+
+
+def causal_mask(rows: slice, *, device: torch.device) -> torch.Tensor:
+    """Bool [len(rows), rows.stop], True at all positions up to each query's own."""
+    causal_NS = torch.ones(rows.stop - rows.start, rows.stop, dtype=torch.bool, device=device)
+    return causal_NS.tril_(rows.start)
+
+
+def selection_mask(topk_MLK: torch.Tensor, rows: slice) -> torch.Tensor:
+    """Bool [M, len(rows), rows.stop], True where the queries ``rows`` look."""
+    num_keys = rows.stop
+    chosen_MNK = topk_MLK[:, rows].long()
     # One column more than there are keys takes the padding.
-    mask_NS = torch.zeros(num_rows, num_keys + 1, dtype=torch.bool, device=device)
-    mask_NS.scatter_(1, chosen_NK.masked_fill(chosen_NK < 0, num_keys), True)
-    return mask_NS[:, :num_keys]
+    mask_MNS = torch.zeros(
+        *chosen_MNK.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_MLK.device
+    )
+    mask_MNS.scatter_(-1, chosen_MNK.masked_fill(chosen_MNK < 0, num_keys), True)
+    return mask_MNS[..., :num_keys]
 
 
 def _rotate_front(x: torch.Tensor, config: ModelConfig, rope: RopeTable) -> torch.Tensor:
@@ -103,11 +107,13 @@ def _rotate_front(x: torch.Tensor, config: ModelConfig, rope: RopeTable) -> torc
     return torch.cat([turned, x[..., config.qk_rope_head_dim :]], -1)
 
 
-def _scores(query_NHI: torch.Tensor, key_SI: torch.Tensor, weight_NH: torch.Tensor) -> torch.Tensor:
-    """sum_h w_h relu(q_h . k), float32 [N, S], one head at a time in ascending order."""
-    score_NS = query_NHI.new_zeros(len(query_NHI), len(key_SI))
-    head_NS = torch.empty_like(score_NS)
-    for head in range(query_NHI.shape[1]):
-        torch.mm(query_NHI[:, head], key_SI.T, out=head_NS)
-        score_NS.addcmul_(head_NS.relu_(), weight_NH[:, head, None])
-    return score_NS
+def _scores(
+    query_MNHI: torch.Tensor, key_MSI: torch.Tensor, weight_MNH: torch.Tensor
+) -> torch.Tensor:
+    """sum_h w_h relu(q_h . k), float32 [M, N, S], one head at a time in ascending order."""
+    score_MNS = query_MNHI.new_zeros(*query_MNHI.shape[:2], key_MSI.shape[1])
+    head_MNS = torch.empty_like(score_MNS)
+    for head in range(query_MNHI.shape[2]):
+        torch.bmm(query_MNHI[:, :, head], key_MSI.mT, out=head_MNS)
+        score_MNS.addcmul_(head_MNS.relu_(), weight_MNH[:, :, head, None])
+    return score_MNS

@@ -40,35 +40,41 @@ def compute_bytes(config: ModelConfig, load: Load, *, itemsize: int) -> int:
 
 
 def _attention(config: ModelConfig, load: Load, itemsize: int, cast: int) -> int:
-    length, hidden = load.longest, config.hidden_size
+    hidden = config.hidden_size
+    # Sequences go side by side up to RUN_TOKENS; a longer one goes alone.
+    tokens = min(load.batch_tokens, max(load.longest, chunks.RUN_TOKENS))
     query_width = config.q_lora_rank or hidden
-    latents = length * (query_width + config.kv_lora_rank + config.qk_rope_head_dim)
-    heads = chunks.head_group(config, length)
-    queries = min(length, chunks.attention_queries(config, length))
-    key_value = heads * length * (config.qk_head_dim + config.qk_nope_head_dim + config.v_head_dim)
-    # queries before and after rotation, and the attended values
-    per_query = heads * (3 * config.qk_head_dim + 2 * config.v_head_dim) + 2 * hidden
-    scores = heads * queries * length
-    rows = min(length, chunks.ROWS)
+    latents = tokens * (query_width + config.kv_lora_rank + config.qk_rope_head_dim)
+    group = chunks.head_group(config, tokens)
+    heads = group * chunks.head_elements(config, tokens)
+    rotated = group * tokens * config.qk_rope_head_dim
+    rows = min(tokens, chunks.ROWS)
     return (
         cast * _attention_weights(config)
-        + itemsize * (2 * latents + key_value + queries * per_query + 4 * rows * hidden)
-        + FLOAT32 * (length * hidden + 3 * scores)
-        + _selection(config, load)
+        + itemsize * (2 * latents + heads + 4 * rows * hidden)
+        # rope and norms compute in float32, as does the sum over head groups
+        + FLOAT32 * (tokens * hidden + 3 * rotated + 2 * rows * hidden + _scores(group, tokens))
+        + _selection(config, load, tokens)
     )
 
 
-def _selection(config: ModelConfig, load: Load) -> int:
-    """The indexer's inputs and scores, a batch's selections, and the mask of one chunk."""
-    length = load.longest
-    if not config.uses_dsa or length <= config.index_topk:
-        return length * min(length, chunks.MIN_QUERIES)
-    queries = min(length, chunks.index_queries(length))
-    inputs = 2 * length * (config.index_head_dim + config.index_n_heads)
+def _scores(heads: int, tokens: int) -> int:
+    """Scores of one chunk of queries, thrice: where query and value heads differ in size, torch
+    computes them whole; and their mask.
+    """
+    return 4 * max(chunks.SCORE_ELEMENTS, heads * tokens * min(tokens, chunks.MIN_QUERIES))
+
+
+def _selection(config: ModelConfig, load: Load, tokens: int) -> int:
+    """The indexer's inputs and scores, and a batch's selections, taken over and new."""
+    if not config.uses_dsa or load.longest <= config.index_topk:
+        return 0
+    queries = min(tokens, max(chunks.MIN_QUERIES, chunks.SCORE_ELEMENTS // tokens))
+    inputs = 2 * tokens * (config.index_head_dim + config.index_n_heads)
     query = 3 * queries * config.index_n_heads * config.index_head_dim
-    scores = 3 * queries * length
-    best = 4 * queries * config.index_topk
-    return FLOAT32 * (inputs + query + scores + best + 2 * load.batch_tokens * config.index_topk)
+    scores = 3 * max(chunks.SCORE_ELEMENTS, queries * tokens)
+    best = 5 * queries * config.index_topk
+    return FLOAT32 * (inputs + query + scores + best + 3 * load.batch_tokens * config.index_topk)
 
 
 def _attention_weights(config: ModelConfig) -> int:

@@ -2,8 +2,8 @@
 
 ``hidden_TD`` holds the sequences one after the other; ``lengths`` sums to T; every sequence starts
 at position 0. A layer's weights are a mapping from the checkpoint's names, relative to
-"model.layers.L.", to tensors. The compute dtype is hidden_TD's. Sequences are attended one by one,
-so a sequence's result does not depend on its neighbours.
+"model.layers.L.", to tensors. The compute dtype is hidden_TD's. Neighbouring sequences of one
+length are attended side by side; none sees another.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,8 @@ __all__ = [
     "run_experts",
 ]
 
-# T tokens of all sequences, L tokens of one sequence, D hidden, N tokens of a chunk, K index_topk
+# T tokens of all sequences, M sequences of one length, L tokens of each, D hidden,
+# N tokens of a chunk, K index_topk
 
 # Per sequence: int32 [L, K], padded with -1, or None where every position is attended to.
 TopK = Sequence[torch.Tensor | None]
@@ -77,42 +78,49 @@ def attend(
     out_TD = torch.empty_like(hidden_TD)
     selections: list[torch.Tensor | None] = []
     start = 0
-    for number, length in enumerate(lengths):
-        rows = slice(start, start + length)
-        given = topk[number] if shared and topk is not None else None
-        attended_LD, selection = _attend_sequence(
-            hidden_TD[rows], weights, config, layer, rope, given
-        )
-        out_TD[rows] = hidden_TD[rows] + attended_LD.to(hidden_TD.dtype)
-        selections.append(selection)
-        start += length
+    for first, count in chunks.runs(lengths):
+        stop = start + count * lengths[first]
+        hidden_MLD = hidden_TD[start:stop].unflatten(0, (count, lengths[first]))
+        given = _stack(topk[first : first + count]) if shared and topk is not None else None
+        attended_MLD, selection = _attend_run(hidden_MLD, weights, config, layer, rope, given)
+        out_TD[start:stop] = (hidden_MLD + attended_MLD.to(hidden_TD.dtype)).flatten(0, 1)
+        selections += [None] * count if selection is None else selection.unbind()
+        start = stop
     return out_TD, selections
 
 
-def _attend_sequence(
-    hidden_LD: torch.Tensor,
+def _stack(topk: TopK) -> torch.Tensor | None:
+    """The selections of sequences of one length: all of them select, or none."""
+    chosen = [selection for selection in topk if selection is not None]
+    return torch.stack(chosen) if chosen else None
+
+
+def _attend_run(
+    hidden_MLD: torch.Tensor,
     weights: Mapping[str, torch.Tensor],
     config: ModelConfig,
     layer: int,
     rope: RopeTable,
-    topk: torch.Tensor | None,
+    topk_MLK: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention output float32 [L, D] and the selection that was used."""
-    length = len(hidden_LD)
+    """Attention output float32 [M, L, D] and the selection that was used."""
+    count, length = hidden_MLD.shape[:2]
     selects = config.has_indexer(layer) and length > config.index_topk
     latents: list[mla.Latents] = []
     index: list[dsa.IndexInput] = []
-    for rows in chunks.slices(length, chunks.ROWS):
+    for rows in chunks.slices(length, chunks.run_rows(count)):
         table = rope.rows(rows)
-        x_ND = rms_norm(hidden_LD[rows], weights["input_layernorm.weight"], config.rms_norm_eps)
-        latents.append(mla.project(x_ND, weights, config, table))
+        x_MND = rms_norm(
+            hidden_MLD[:, rows], weights["input_layernorm.weight"], config.rms_norm_eps
+        )
+        latents.append(mla.project(x_MND, weights, config, table))
         if selects:
-            index.append(dsa.project(x_ND, weights, config, table))
-    joined = mla.Latents(*map(torch.cat, zip(*latents, strict=True)))
+            index.append(dsa.project(x_MND, weights, config, table))
+    joined = mla.Latents(*(torch.cat(parts, 1) for parts in zip(*latents, strict=True)))
     if selects:
-        index_input = dsa.IndexInput(*map(torch.cat, zip(*index, strict=True)))
-        topk = dsa.select(joined.query_LQ, index_input, weights, config, rope)
-    return mla.attend_naive(joined, weights, config, rope, topk), topk
+        indexed = dsa.IndexInput(*(torch.cat(parts, 1) for parts in zip(*index, strict=True)))
+        topk_MLK = dsa.select(joined.query_MLQ, indexed, weights, config, rope)
+    return mla.attend_naive(joined, weights, config, rope, topk_MLK), topk_MLK
 
 
 def _cast_attention(

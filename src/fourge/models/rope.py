@@ -33,6 +33,10 @@ class RopeTable(NamedTuple):
             )
         return RopeTable(self.cos_PR[positions], self.sin_PR[positions])
 
+    def for_heads(self) -> "RopeTable":
+        """The table for x [..., L, heads, R]: one row for all heads of a position."""
+        return RopeTable(self.cos_PR.unsqueeze(1), self.sin_PR.unsqueeze(1))
+
 
 def rope_table(config: ModelConfig, max_length: int, device: torch.device | str) -> RopeTable:
     """Table for positions 0..max_length-1, shared by attention and indexer."""
@@ -44,8 +48,8 @@ def rope_table(config: ModelConfig, max_length: int, device: torch.device | str)
 
 
 def rotate(x: torch.Tensor, table: RopeTable, *, interleave: bool) -> torch.Tensor:
-    """Rotate x [L, R] or [L, heads, R] by the table's L rows, in float32; returns x's dtype."""
-    cos, sin = (t if x.ndim == 2 else t.unsqueeze(1) for t in table)
+    """Rotate x [..., L, R] by the table's L rows, in float32; returns x's dtype."""
+    cos, sin = table
     x_float = x.float()
     if interleave:
         first, second = x_float[..., 0::2], x_float[..., 1::2]

@@ -2,7 +2,7 @@
 
 Work goes in chunks that stay in the L1 cache, in flat passes that LLVM vectorises: one loop over
 blocks that did everything ran 9 times slower. Releases the GIL; call it from threads.
-Compiled at the first call (1.6 s) and cached: beside this file, else in the user's cache folder,
+Compiled at the first import (1.6 s) and cached: beside this file, else in the user's cache folder,
 or in NUMBA_CACHE_DIR. Reads pairs of weights (pairs.py).
 
 Array suffixes: P pairs of weights, B blocks of 16, V 16-bit words.
@@ -44,30 +44,6 @@ def quantize(w: Tensor, scale_2: Tensor, out: NVFP4Tensor | None = None) -> NVFP
         out.weight_scale.view(torch.uint8).numpy().reshape(-1),
     )
     return out
-
-
-@njit(nogil=True, cache=True)
-def _max_magnitude(words_V: Array) -> np.uint16:
-    """Largest bfloat16 bits without sign: they order as the values do, infinity and NaN on top."""
-    largest = u16(0)
-    for i in range(words_V.size):
-        largest = max(largest, u16(words_V[i] & u16(0x7FFF)))
-    return largest
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _quantize(pairs_P: Array, scale_2: np.float32, packed_P: Array, scale_B: Array) -> None:
-    amax_B = np.empty(CHUNK, u32)
-    divisor_B = np.empty(CHUNK, f32)
-    divisor_P = np.empty(CHUNK * PAIRS, f32)
-    for start in range(0, scale_B.size, CHUNK):
-        stop = min(start + CHUNK, scale_B.size)
-        n = stop - start
-        chunk_P = pairs_P[start * PAIRS : stop * PAIRS]
-        _block_amax(chunk_P, amax_B[:n])
-        _block_scale(amax_B[:n].view(f32), scale_2, scale_B[start:stop], divisor_B[:n])
-        _repeat(divisor_B[:n], divisor_P[: n * PAIRS])
-        _codes(chunk_P, divisor_P[: n * PAIRS], packed_P[start * PAIRS : stop * PAIRS])
 
 
 @njit(error_model="numpy")
@@ -143,3 +119,32 @@ def _from_e4m3(code: np.uint32) -> np.float32:
     normal = u32((code << u32(20)) + u32(120 << 23)).view(f32)
     subnormal = f32(code) * f32(2.0**-9)
     return normal if code >= u32(8) else subnormal
+
+
+@njit("uint16(uint16[::1])", nogil=True, cache=True)
+def _max_magnitude(words_V: Array) -> np.uint16:
+    """Largest bfloat16 bits without sign: they order as the values do, infinity and NaN on top."""
+    largest = u16(0)
+    for i in range(words_V.size):
+        largest = max(largest, u16(words_V[i] & u16(0x7FFF)))
+    return largest
+
+
+@njit(
+    "void(uint32[::1], float32, uint8[::1], uint8[::1])",
+    nogil=True,
+    cache=True,
+    error_model="numpy",
+)
+def _quantize(pairs_P: Array, scale_2: np.float32, packed_P: Array, scale_B: Array) -> None:
+    amax_B = np.empty(CHUNK, u32)
+    divisor_B = np.empty(CHUNK, f32)
+    divisor_P = np.empty(CHUNK * PAIRS, f32)
+    for start in range(0, scale_B.size, CHUNK):
+        stop = min(start + CHUNK, scale_B.size)
+        n = stop - start
+        chunk_P = pairs_P[start * PAIRS : stop * PAIRS]
+        _block_amax(chunk_P, amax_B[:n])
+        _block_scale(amax_B[:n].view(f32), scale_2, scale_B[start:stop], divisor_B[:n])
+        _repeat(divisor_B[:n], divisor_P[: n * PAIRS])
+        _codes(chunk_P, divisor_P[: n * PAIRS], packed_P[start * PAIRS : stop * PAIRS])

@@ -4,6 +4,7 @@ Exit status: 0 good, 1 findings or a failed check, 2 unusable input (one sentenc
 interrupted. A traceback means a bug of fourge.
 """
 
+import os
 import sys
 from typing import Annotated
 
@@ -44,6 +45,9 @@ def _options(
 
 def main() -> None:
     """Run the command line; the user's mistakes and the machine's refusals end in one sentence."""
+    # Before torch is imported: threads that wait by spinning take the cores from fourge's own
+    # reading and packing threads, and on a shared machine from each other (5 to 10 times slower).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except FourgeError as error:

@@ -36,7 +36,11 @@ def plan(
     chosen = replace(chosen, mtp=mtp or chosen.mtp)
     surveyed = survey(source, mtp=chosen.mtp)
     workload = upper_workload(surveyed, chosen, workers=default_workers())
-    budget = Budget(memory or default_host_budget(), device=device_memory or 0)
+    budget = Budget(
+        memory or default_host_budget(),
+        device=device_memory or 0,
+        itemsize=2 if device_memory else 4,
+    )
     document = describe(make_plan(surveyed, chosen, workload, budget))
     if json:
         print_json(document)

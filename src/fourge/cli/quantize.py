@@ -39,6 +39,10 @@ def quantize(
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")
     ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Arithmetic of the forward pass. auto: bfloat16 where it is native."),
+    ] = "auto",
     work: Annotated[
         Path | None,
         typer.Option(help="Folder for activations on the way. Default: within OUT."),
@@ -65,7 +69,7 @@ def quantize(
     # Heavy: torch, numba. Imported here so that --help and plan stay quick.
     from fourge.quantize.start import Request, run_request
 
-    request = Request(source, out, chosen, device, memory, device_memory, work)
+    request = Request(source, out, chosen, device, dtype, memory, device_memory, work)
     with RunDisplay(console) as display:
         try:
             record = run_request(request, on_data=display.data, on_progress=display.run)

@@ -33,6 +33,7 @@ class Budget:
     host: int
     base: int = TYPICAL_BASE_BYTES
     device: int = 0  # 0: the CPU computes
+    itemsize: int = 4  # bytes of the compute dtype; the larger one where it is not known yet
 
     @property
     def on_device(self) -> bool:
@@ -82,7 +83,7 @@ def fit(pieces: Pieces, config: ModelConfig, workload: Workload, budget: Budget)
     statistics = statistics_bytes(config, workload.passes)
     buffers = _buffers(config, workload, statistics)
     at_start = budget.base + buffers + _embedding(config, workload)
-    compute = compute_bytes(config, workload.load, itemsize=2 if budget.on_device else 4)
+    compute = compute_bytes(config, workload.load, itemsize=budget.itemsize)
     if budget.on_device:
         compute += statistics
         group = min(pieces.layer, (budget.device - compute) // 2)

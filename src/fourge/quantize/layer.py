@@ -43,6 +43,7 @@ class Job:
     own: Path  # fourge's records within ``out``
     work: Path
     device: torch.device
+    dtype: torch.dtype  # of the computation
 
     def statistics_path(self, layer: int) -> Path:
         return self.own / "statistics" / f"layer-{layer:05d}.safetensors"
@@ -63,9 +64,7 @@ def run_layer(
     began = time.monotonic()
     config = job.plan.source.config
     statistics = _empty_statistics(job, plan)
-    activations = LayerActivations(
-        job.work, config, plan.layer, dtype=compute_dtype(job.device), device=job.device
-    )
+    activations = LayerActivations(job.work, config, plan.layer, dtype=job.dtype, device=job.device)
     work_per_token = plan.source_bytes / len(plan.groups) / sum(batch.tokens for batch in batches)
     with activations, LayerWriter(job.out, plan.shards) as writer:
         for group in plan.groups:
@@ -88,11 +87,6 @@ def run_layer(
         write_json(job.timing_path(plan.layer), {"seconds": round(time.monotonic() - began, 3)})
         writer.commit()
     remove_before(job.work, plan.layer + 1)
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """BF16 on a GPU, as engines compute; FP32 on the CPU, where that is the fast path."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _empty_statistics(job: Job, plan: LayerPlan) -> LayerStatistics:

@@ -23,8 +23,11 @@ RUN_NAME = "run.json"
 FINGERPRINT_NAME = "fingerprint.json"
 
 
-def fingerprint(source: Source, recipe: Mapping, data: Mapping) -> dict:
-    """Everything that the output's bytes depend on; ``data`` identifies the files of each pass."""
+def fingerprint(source: Source, recipe: Mapping, data: Mapping, dtype: str) -> dict:
+    """Everything that the output's bytes depend on.
+
+    ``data`` identifies the files of each pass, ``dtype`` is that of the computation.
+    """
     return {
         "fourge": __version__,
         "source config.json": config_digest(source),
@@ -32,6 +35,7 @@ def fingerprint(source: Source, recipe: Mapping, data: Mapping) -> dict:
         "other source files": file_digests(source),
         "recipe": recipe,
         "data": data,
+        "compute dtype": dtype,
     }
 
 

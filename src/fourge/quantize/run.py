@@ -33,7 +33,7 @@ from fourge.quantize.progress import OnProgress, Progress, peak_resident
 from fourge.quantize.resume import FINGERPRINT_NAME, RUN_NAME, check_space, remove_partial
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def quantize(job: Job, on_progress: OnProgress) -> dict:
     """Make the checkpoint of ``job``, or what is left of it, and return the record of the run.
 
@@ -204,6 +204,7 @@ def _record(job: Job, progress: Progress, coverage: Coverage) -> dict:
         "timing": {
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": str(job.device),
+            "dtype": str(job.dtype).removeprefix("torch."),
             "machine": platform.machine(),
             "seconds": round(progress.elapsed_s, 3),
             "peak_resident_bytes": peak_resident(),

@@ -40,6 +40,8 @@ SETTLING_BYTES = 64 << 20
 # Part of the free device memory that is used when no budget is given.
 DEVICE_SHARE = 0.9
 
+CPU_FLAGS = Path("/proc/cpuinfo")
+
 OnData = Callable[[str, int, int], None]
 
 
@@ -51,6 +53,7 @@ class Request:
     out: Path
     recipe: Recipe
     device: str = "auto"
+    dtype: str = "auto"
     memory: int | None = None
     device_memory: int | None = None
     work: Path | None = None
@@ -64,6 +67,7 @@ def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -
     source = survey(request.source, mtp=request.recipe.mtp)
     check_target(request.out, request.source)
     device = choose_device(request.device)
+    dtype = choose_dtype(request.dtype, device)
     own = request.out / OWN_FOLDER
     work = request.work or own / "work"
     with writing(work):
@@ -71,16 +75,16 @@ def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -
         work.mkdir(parents=True, exist_ok=True)
     with locked(own), locked(work):
         data = {spec.name: identify_data(spec.data) for spec in request.recipe.passes}
-        identity = fingerprint(source, to_dict(request.recipe), data)
+        identity = fingerprint(source, to_dict(request.recipe), data, str(dtype))
         check_fingerprint(request.out, identity)
         done = finished_run(request.out)
         if done is not None:
             return done
         corpus = _corpus(source, request.recipe, work, on_data)
         workload = measure_workload(corpus, request.recipe)
-        budget = _budget(request, device)
+        budget = _budget(request, device, dtype)
         plan = make_plan(source, request.recipe, workload, budget)
-        job = Job(plan, corpus, identity, request.out, own, work, device)
+        job = Job(plan, corpus, identity, request.out, own, work, device, dtype)
         return quantize(job, on_progress)
 
 
@@ -93,6 +97,17 @@ def choose_device(name: str) -> torch.device:
             " torch, or use --device cpu."
         )
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is BF16, as engines compute, wherever the hardware multiplies it; else FP32."""
+    if name == "float32":
+        return torch.float32
+    if name == "bfloat16" or device.type == "cuda":
+        return torch.bfloat16
+    flags = CPU_FLAGS.read_text()
+    native = any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
 
 
 def measure_workload(corpus: Corpus, recipe: Recipe) -> Workload:
@@ -121,7 +136,7 @@ def _corpus(source: Source, recipe: Recipe, work: Path, on_data: OnData) -> Corp
     return corpus
 
 
-def _budget(request: Request, device: torch.device) -> Budget:
+def _budget(request: Request, device: torch.device, dtype: torch.dtype) -> Budget:
     """Limits, and what the process holds by now, kernels compiled."""
     _warm_up(device)
     host = request.memory or default_host_budget()
@@ -132,10 +147,11 @@ def _budget(request: Request, device: torch.device) -> Budget:
             " process itself took to start; give more."
         )
     if device.type == "cpu":
-        return Budget(host, resident)
+        return Budget(host, resident, itemsize=dtype.itemsize)
     free, _ = torch.cuda.mem_get_info(device)
     limit = request.device_memory or request.memory or free
-    return Budget(host, resident, min(limit, int(free * DEVICE_SHARE)))
+    limit = min(limit, int(free * DEVICE_SHARE))
+    return Budget(host, resident, device=limit, itemsize=dtype.itemsize)
 
 
 def _warm_up(device: torch.device) -> None:

@@ -1,0 +1,65 @@
+"""A run on a GPU gives the codes of one on the CPU, and input scales that differ by rounding."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fourge.checkpoint.names import parse
+from random_checkpoint import published_config, write_checkpoint, write_input_ids
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+# Activations are BF16 on the GPU and FP32 on the CPU: an amax differs by some BF16 steps.
+INPUT_SCALE_TOLERANCE = 0.03
+
+
+def quantize(source: Path, out: Path, data: Path, *options: str) -> dict[str, torch.Tensor]:
+    command = [sys.executable, "-m", "fourge.cli.main", "quantize", str(source), str(out)]
+    subprocess.run([*command, "--data", str(data), *options], check=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in out.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = published_config(hidden_size=256, moe_intermediate_size=128, num_hidden_layers=4)
+    return write_checkpoint(tmp_path_factory.mktemp("gpu") / "source", config=config)
+
+
+def test_codes_equal_those_of_the_cpu(source: Path, tmp_path: Path):
+    data = write_input_ids(tmp_path / "ids.jsonl", sequences=12, length=96, vocab=256)
+    on_cpu = quantize(source, tmp_path / "cpu", data, "--device", "cpu")
+    on_gpu = quantize(source, tmp_path / "gpu", data, "--device", "cuda")
+    assert on_cpu.keys() == on_gpu.keys()
+    for name, expected in on_cpu.items():
+        if parse(name).part == "input_scale":
+            torch.testing.assert_close(on_gpu[name], expected, rtol=INPUT_SCALE_TOLERANCE, atol=0)
+        else:
+            assert torch.equal(_bytes(on_gpu[name]), _bytes(expected)), name
+
+
+def test_expert_groups_change_no_bit(source: Path, tmp_path: Path):
+    data = write_input_ids(tmp_path / "ids.jsonl", sequences=12, length=96, vocab=256)
+    whole = quantize(source, tmp_path / "whole", data, "--device", "cuda")
+    command = ["--device", "cuda", "--device-memory"]
+    refused = subprocess.run(
+        [sys.executable, "-m", "fourge.cli.main", "quantize", str(source), str(tmp_path / "x"),
+         "--data", str(data), *command, "1KiB"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    smallest = refused.stderr.split("--device-memory ")[1].split(" ")[0]
+    cut = quantize(source, tmp_path / "cut", data, *command, smallest)
+    assert all(torch.equal(_bytes(cut[name]), _bytes(tensor)) for name, tensor in whole.items())

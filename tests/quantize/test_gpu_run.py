@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# Activations are BF16 on the GPU and FP32 on the CPU: an amax differs by some BF16 steps.
-INPUT_SCALE_TOLERANCE = 0.03
+# Both compute in FP32; the residual stream between layers is BF16, so a rounding may differ there.
+INPUT_SCALE_TOLERANCE = 0.01
 
 
 def quantize(source: Path, out: Path, data: Path, *options: str) -> dict[str, torch.Tensor]:
@@ -36,13 +36,14 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = published_config(hidden_size=256, moe_intermediate_size=128, num_hidden_layers=4)
-    return write_checkpoint(tmp_path_factory.mktemp("gpu") / "source", config=config)
+    return write_checkpoint(tmp_path_factory.mktemp("gpu") / "source", config=config, traps=False)
 
 
 def test_codes_equal_those_of_the_cpu(source: Path, tmp_path: Path):
     data = write_input_ids(tmp_path / "ids.jsonl", sequences=12, length=96, vocab=256)
-    on_cpu = quantize(source, tmp_path / "cpu", data, "--device", "cpu")
-    on_gpu = quantize(source, tmp_path / "gpu", data, "--device", "cuda")
+    same = ("--dtype", "float32")
+    on_cpu = quantize(source, tmp_path / "cpu", data, "--device", "cpu", *same)
+    on_gpu = quantize(source, tmp_path / "gpu", data, "--device", "cuda", *same)
     assert on_cpu.keys() == on_gpu.keys()
     for name, expected in on_cpu.items():
         if parse(name).part == "input_scale":

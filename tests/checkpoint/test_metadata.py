@@ -29,18 +29,18 @@ def test_the_exclude_list_is_the_recommended_one():
 
 
 @pytest.mark.parametrize("indent", [None, 1, 2, 4, "\t"])
-@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
-def test_only_the_block_is_added_to_the_text(indent: int | str | None, end: str):
-    text = json.dumps(GLM_5_1, indent=indent) + end
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", ["}", "}\n", " }", "\n\n }\n\n"])
+def test_only_the_block_is_added_to_the_text(indent: int | str | None, newline: str, end: str):
+    text = json.dumps(GLM_5_1, indent=indent).removesuffix("}") + end
+    text = text.replace("\n", newline)
     edited = quantized_config_text(text, EXCLUDED, drop_mtp=False)
-    body = text.rstrip()[:-1].rstrip()
-    assert edited.startswith(body)
-    assert edited.endswith("}" + end)
-    assert json.loads(edited) == {
-        **GLM_5_1,
-        "quantization_config": quantization_config(EXCLUDED),
-    }
+    assert json.loads(edited) == {**GLM_5_1, "quantization_config": quantization_config(EXCLUDED)}
     assert list(json.loads(edited))[-1] == "quantization_config"
+    before = text[: text.rindex("}")].rstrip()
+    assert edited.startswith(before + ",")
+    assert edited.endswith(text[len(before) :])
+    assert edited.count("\n") == edited.count(newline)
 
 
 def test_odd_numbers_and_spacing_survive():

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from fourge.errors import ConfigError
-from fourge.models.kinds import indexer_types, mlp_types
+from fourge.models.kinds import indexer_types, mlp_contradiction, mlp_types
 
 # GLM-5.2, and IndexCache 1/2 for GLM-5: both are in the field.
 PATTERN_5_2 = "FFF" + "SSSF" * 18 + "SSS"
@@ -103,10 +103,12 @@ def test_mlp_types_come_from_either_key() -> None:
     assert mlp_types({"first_k_dense_replace": 0}, 2) == ("sparse", "sparse")
 
 
-def test_mlp_types_that_contradict_each_other_are_refused() -> None:
+def test_mlp_layer_types_win_over_a_contradicting_count_and_the_user_is_told() -> None:
     raw = {"mlp_layer_types": ["dense", "sparse", "sparse"], "first_k_dense_replace": 3}
-    with pytest.raises(ConfigError, match="layer 1 'sparse' and first_k_dense_replace"):
-        mlp_types(raw, 3)
+    assert mlp_types(raw, 3) == ("dense", "sparse", "sparse")
+    assert "first_k_dense_replace 3 does not fit" in (mlp_contradiction(raw, 3) or "")
+    assert mlp_contradiction(raw | {"first_k_dense_replace": 1}, 3) is None
+    assert mlp_contradiction({"first_k_dense_replace": 1}, 3) is None
 
 
 def test_mlp_types_must_be_given() -> None:

@@ -81,7 +81,7 @@ def read_config(folder: Path) -> tuple[str, dict]:
     """The text and the object of ``folder``'s config.json."""
     path = folder / CONFIG_NAME
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # as it is: read_text would change line ends
         raw = json.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing; give the folder of a checkpoint.") from None
@@ -127,16 +127,18 @@ def quantized_config_text(text: str, excluded: list[str], *, drop_mtp: bool) -> 
 
 def _insert_last(text: str, key: str, value: object) -> str:
     """Append a member to the outermost object of a JSON text, indented like the first member."""
-    body = text.rstrip()
-    tail = text[len(body) :]
-    body = body.removesuffix("}").rstrip()
+    end = text.rindex("}")
+    members = text[:end].rstrip()
+    comma = "" if members.endswith("{") else ","
     indent_match = re.match(r"\s*\{\s*?\n([ \t]+)", text)
-    indent = indent_match[1] if indent_match else None
-    comma = "" if body.endswith("{") else ","
-    if indent is None:
-        return f"{body}{comma} {json.dumps(key)}: {json.dumps(value)}}}{tail}"
-    lines = json.dumps(value, indent=indent, ensure_ascii=False).replace("\n", f"\n{indent}")
-    return f"{body}{comma}\n{indent}{json.dumps(key)}: {lines}\n}}{tail}"
+    if indent_match is None:
+        member = f" {json.dumps(key)}: {json.dumps(value)}"
+    else:
+        indent = indent_match[1]
+        newline = "\r\n" if "\r\n" in text else "\n"
+        lines = json.dumps(value, indent=indent, ensure_ascii=False).splitlines()
+        member = f"{newline}{indent}{json.dumps(key)}: {f'{newline}{indent}'.join(lines)}"
+    return members + comma + member + text[len(members) :]
 
 
 def _parse_without_duplicates(text: str) -> dict | None:

@@ -12,7 +12,7 @@ from fourge.cli.arguments import (
 )
 from fourge.cli.show import print_json, print_table, say
 from fourge.quantize.budget import Budget, default_host_budget, default_workers, format_bytes
-from fourge.quantize.plan import describe, make_plan, survey, upper_workload
+from fourge.quantize.plan import describe, describe_resources, make_plan, survey, upper_workload
 from fourge.quantize.recipe import load_recipe
 
 # The passes of a full calibration; its bounds are what a large model has to be planned for.
@@ -41,7 +41,8 @@ def plan(
         device=device_memory or 0,
         itemsize=2 if device_memory else 4,
     )
-    document = describe(make_plan(surveyed, chosen, workload, budget))
+    made = make_plan(surveyed, chosen, workload, budget)
+    document = describe(made) | describe_resources(made)
     if json:
         print_json(document)
     else:
@@ -78,5 +79,5 @@ def _show(document: dict) -> None:
         f"disk: output {format_bytes(disk['output'])}, activations on the way"
         f" {format_bytes(disk['work'])}"
     )
-    for key in document["unknown_config_keys"]:
-        say(f"warning: config.json key {key} is not known to fourge and was not used")
+    for warning in document["warnings"]:
+        say(f"warning: {warning}")

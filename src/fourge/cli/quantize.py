@@ -76,7 +76,7 @@ def quantize(
         except KeyboardInterrupt:
             display.note("interrupted; run the same command to go on where it was")
             raise typer.Exit(130) from None
-    for warning in record["data"]["warnings"]:
+    for warning in [*record["plan"]["warnings"], *record["data"]["warnings"]]:
         say(f"warning: {warning}")
     _show_summary(out, record)
     if json:
@@ -103,6 +103,6 @@ def _show_summary(out: Path, record: dict) -> None:
     say(
         f"  time      {duration(timing['seconds'])} on {timing['device']}, peak memory"
         f" {format_bytes(timing['peak_resident_bytes'])} of"
-        f" {format_bytes(plan['memory']['host_budget'])}"
+        f" {format_bytes(timing['memory']['host_budget'])}"
     )
     say(f"  record    {out}/fourge/run.json, {out}/fourge/coverage.json")

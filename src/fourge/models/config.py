@@ -17,7 +17,7 @@ from typing import Any
 
 from fourge.errors import ConfigError
 from fourge.models.fields import boolean, integer, number, refused, strings
-from fourge.models.kinds import indexer_types, mlp_types
+from fourge.models.kinds import indexer_types, mlp_contradiction, mlp_types
 
 ARCHITECTURES = {
     "glm_moe_dsa": "GlmMoeDsaForCausalLM",
@@ -129,7 +129,9 @@ class ModelConfig:
     routed_scaling_factor: float
     # MTP
     num_nextn_predict_layers: int
+    # Of config.json: keys that are neither used nor known to be harmless; sentences for the user
     unknown_keys: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def qk_head_dim(self) -> int:
@@ -214,10 +216,23 @@ def from_dict(raw: Mapping[str, Any]) -> ModelConfig:
         norm_topk_prob=boolean(raw, "norm_topk_prob"),
         routed_scaling_factor=number(raw, "routed_scaling_factor"),
         num_nextn_predict_layers=integer(raw, "num_nextn_predict_layers", minimum=0, default=0),
-        unknown_keys=tuple(sorted(raw.keys() - _USED - _INDEXER_KEYS - _HARMLESS)),
+        unknown_keys=_unknown_keys(raw),
+        warnings=_warnings(raw, num_layers),
     )
     _check_agreement(raw, config)
     return config
+
+
+def _unknown_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(sorted(raw.keys() - _USED - _INDEXER_KEYS - _HARMLESS))
+
+
+def _warnings(raw: Mapping[str, Any], num_layers: int) -> tuple[str, ...]:
+    contradiction = mlp_contradiction(raw, num_layers)
+    return (
+        *(f"config.json key {key} is not known and was not used" for key in _unknown_keys(raw)),
+        *([contradiction] if contradiction else []),
+    )
 
 
 def _model_type(raw: Mapping[str, Any]) -> str:

@@ -15,20 +15,35 @@ Kinds = tuple[str, ...]
 
 
 def mlp_types(raw: Mapping[str, Any], num_layers: int) -> Kinds:
-    """ "dense" or "sparse" per layer, from mlp_layer_types or first_k_dense_replace."""
-    found: dict[str, Kinds] = {}
+    """ "dense" or "sparse" per layer, from mlp_layer_types, else from first_k_dense_replace.
+
+    transformers 5.23 saves its default first_k_dense_replace beside the mlp_layer_types that it was
+    given and reads the latter alone, so a contradiction is no error: see mlp_contradiction.
+    """
     types = strings(raw, "mlp_layer_types")
     if types is not None:
-        found["mlp_layer_types"] = _per_layer(types, num_layers, "mlp_layer_types", "dense sparse")
-    if raw.get("first_k_dense_replace") is not None:
-        num_dense = min(integer(raw, "first_k_dense_replace", minimum=0), num_layers)
-        found["first_k_dense_replace"] = ("dense",) * num_dense + ("sparse",) * (
-            num_layers - num_dense
-        )
-    resolved = _agreed(found)
-    if resolved is None:
+        return _per_layer(types, num_layers, "mlp_layer_types", "dense sparse")
+    if raw.get("first_k_dense_replace") is None:
         raise refused("first_k_dense_replace", None, "the number of dense layers")
-    return resolved
+    return _first_dense(raw, num_layers)
+
+
+def mlp_contradiction(raw: Mapping[str, Any], num_layers: int) -> str | None:
+    """A sentence for the user where the two keys differ: engines read first_k_dense_replace."""
+    if raw.get("mlp_layer_types") is None or raw.get("first_k_dense_replace") is None:
+        return None
+    if mlp_types(raw, num_layers) == _first_dense(raw, num_layers):
+        return None
+    return (
+        f"config.json contradicts itself: first_k_dense_replace {raw['first_k_dense_replace']} does"
+        " not fit mlp_layer_types, which was followed; vLLM and SGLang read the former and will not"
+        " load this model until it is corrected"
+    )
+
+
+def _first_dense(raw: Mapping[str, Any], num_layers: int) -> Kinds:
+    num_dense = min(integer(raw, "first_k_dense_replace", minimum=0), num_layers)
+    return ("dense",) * num_dense + ("sparse",) * (num_layers - num_dense)
 
 
 def indexer_types(raw: Mapping[str, Any], num_layers: int) -> Kinds:

@@ -21,6 +21,9 @@ from fourge.models.footprint import Load, compute_bytes
 TYPICAL_BASE_BYTES = 448 << 20
 # Unchanged tensors are copied through a buffer of this size, or of one row if that is longer.
 COPY_BUFFER_BYTES = 32 << 20
+# What a process holds differs a little from run to run; the smallest budget that is named must
+# work in the next one.
+JITTER_BYTES = 16 << 20
 MAX_WORKERS = 16
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 CGROUP_CURRENT = Path("/sys/fs/cgroup/memory.current")
@@ -28,10 +31,13 @@ CGROUP_CURRENT = Path("/sys/fs/cgroup/memory.current")
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits in bytes. ``base`` is what the process holds before any tensor is loaded."""
+    """Limits in bytes. ``base`` is what the process holds before any tensor is loaded, ``peak`` the
+    most that it has held so far.
+    """
 
     host: int
     base: int = TYPICAL_BASE_BYTES
+    peak: int = 0
     device: int = 0  # 0: the CPU computes
     itemsize: int = 4  # bytes of the compute dtype; the larger one where it is not known yet
 
@@ -82,7 +88,7 @@ def fit(pieces: Pieces, config: ModelConfig, workload: Workload, budget: Budget)
     """
     statistics = statistics_bytes(config, workload.passes)
     buffers = _buffers(config, workload, statistics)
-    at_start = budget.base + buffers + _embedding(config, workload)
+    at_start = max(budget.peak, budget.base + buffers + _embedding(config, workload))
     compute = compute_bytes(config, workload.load, itemsize=budget.itemsize)
     if budget.on_device:
         compute += statistics
@@ -97,7 +103,8 @@ def fit(pieces: Pieces, config: ModelConfig, workload: Workload, budget: Budget)
         smallest_host = max(fixed + 2 * pieces.indivisible, at_start)
         device = smallest_device = 0
     if budget.host < smallest_host:
-        raise BudgetError(_too_little("host memory", "--memory", budget.host, smallest_host))
+        enough = smallest_host + JITTER_BYTES
+        raise BudgetError(_too_little("host memory", "--memory", budget.host, enough))
     if budget.device < smallest_device:
         raise BudgetError(
             _too_little("device memory", "--device-memory", budget.device, smallest_device)

@@ -308,9 +308,8 @@ def disk_bytes(plan: Plan) -> tuple[int, int]:
 
 
 def describe(plan: Plan) -> dict:
-    """The plan as a JSON document (``fourge plan --json``, and part of ``fourge/run.json``)."""
-    output, work = disk_bytes(plan)
-    source, layout, memory = plan.source, plan.layout, plan.memory
+    """What goes in and what comes out: the same for every budget and machine."""
+    source, layout = plan.source, plan.layout
     roles = {str(role): {"tensors": 0, "bytes": 0} for role in Role}
     for name, info in source.tensors.items():
         entry = roles[parse(name).role]
@@ -325,11 +324,18 @@ def describe(plan: Plan) -> dict:
         "bytes_out": sum(sum(shard.sizes.values()) for shard in layout.shards),
         "shards": len(layout.shards),
         "tokens": plan.workload.tokens,
-        "groups_per_layer": max(len(layer.groups) for layer in layout.layers),
-        "memory": asdict(memory),
-        "disk": {"output": output, "work": work},
         "excluded": list(layout.excluded),
-        "unknown_config_keys": list(source.config.unknown_keys),
+        "warnings": list(source.config.warnings),
+    }
+
+
+def describe_resources(plan: Plan) -> dict:
+    """Memory and disk, in bytes, and the groups that follow from them."""
+    output, work = disk_bytes(plan)
+    return {
+        "memory": asdict(plan.memory),
+        "groups_per_layer": max(len(layer.groups) for layer in plan.layout.layers),
+        "disk": {"output": output, "work": work},
     }
 
 

@@ -5,11 +5,12 @@ the activations behind it were. ``fourge/fingerprint.json`` says which input the
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fourge import __version__
@@ -68,36 +69,50 @@ def check_target(out: Path, source: Path) -> None:
         raise OutputError(f"the output folder {out} overlaps the source {source}: choose another.")
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; needed is a folder, new or empty.")
-    if not out.exists():
+    if not out.exists() or any(_is_own(out, name) for name in (FINGERPRINT_NAME, RUN_NAME)):
         return
+    # An own folder without a record is what a run leaves that was killed before it began.
     foreign = sorted(path.name for path in out.iterdir() if path.name != OWN_FOLDER)
-    if foreign and not (out / OWN_FOLDER).is_dir():
+    own, unfinished = out / OWN_FOLDER, FINGERPRINT_NAME + PARTIAL_SUFFIX
+    if own.is_dir():
+        files = {path.name for path in own.iterdir() if path.is_file()} - {unfinished}
+        foreign += sorted(f"{OWN_FOLDER}/{name}" for name in files)
+    if foreign:
         raise OutputError(
             f"{out} is not empty ({foreign[0]}{', ...' if len(foreign) > 1 else ''}) and was not"
             " made by fourge: choose a new folder."
         )
 
 
-def finished_run(out: Path) -> dict | None:
-    """The record of the finished run in ``out``, or None."""
+def _is_own(out: Path, name: str) -> bool:
+    """Whether a record of fourge's lies in ``out``."""
+    record = _read_record(out / OWN_FOLDER / name)
+    return record is not None and "fourge" in record
+
+
+def _read_record(path: Path) -> dict | None:
     try:
-        record = json.loads((out / OWN_FOLDER / RUN_NAME).read_bytes())
+        record = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and record.get("finished") else None
+    return record if isinstance(record, dict) else None
+
+
+def finished_run(out: Path) -> dict | None:
+    """The record of the finished run in ``out``, or None."""
+    record = _read_record(out / OWN_FOLDER / RUN_NAME)
+    return record if record is not None and record.get("finished") else None
 
 
 def check_fingerprint(out: Path, mine: dict) -> None:
-    """Store the fingerprint of a new run; OutputError if an earlier one had other input."""
-    path = out / OWN_FOLDER / FINGERPRINT_NAME
+    """OutputError if ``out`` belongs to a run, finished or not, with other input."""
     finished = finished_run(out)
     if finished is not None:
         theirs = finished.get("fingerprint")
-    elif path.exists():
-        theirs = json.loads(path.read_bytes())
     else:
-        write_json(path, mine)
-        return
+        theirs = _read_record(out / OWN_FOLDER / FINGERPRINT_NAME)
+        if theirs is None:
+            return
     changed = differences(mine, theirs)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -107,11 +122,47 @@ def check_fingerprint(out: Path, mine: dict) -> None:
         )
 
 
+def store_fingerprint(out: Path, mine: dict) -> None:
+    """From now on ``out`` belongs to this input."""
+    path = out / OWN_FOLDER / FINGERPRINT_NAME
+    if _read_record(path) != mine:
+        write_json(path, mine)
+
+
+def work_folder(out: Path, chosen: Path | None, mine: dict) -> Path:
+    """Where activations go: within ``out``, or in a folder of this run's own within ``chosen``."""
+    if chosen is None:
+        return out / OWN_FOLDER / "work"
+    identity = json.dumps([str(out.resolve()), mine], sort_keys=True).encode()
+    return chosen / f"fourge-{hashlib.sha256(identity).hexdigest()[:16]}"
+
+
+def remove_work(out: Path, work: Path) -> None:
+    """Delete what a finished run no longer needs."""
+    shutil.rmtree(work, ignore_errors=True)
+    (out / OWN_FOLDER / FINGERPRINT_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def own_folders(*folders: Path) -> Iterator[None]:
+    """Make folders, and take away again those that are still empty at the end."""
+    made = [one for folder in folders for one in (*reversed(folder.parents), folder)]
+    made = [folder for folder in dict.fromkeys(made) if not folder.exists()]
+    for folder in folders:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for this process alone; the lock dies with the process."""
-    with writing(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -124,11 +175,10 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def remove_partial(*folders: Path) -> None:
-    """Delete what an interrupted run had not finished writing."""
-    for folder in folders:
-        for path in folder.rglob(f"*{PARTIAL_SUFFIX}"):
-            path.unlink()
+def remove_partial(files: Iterable[Path]) -> None:
+    """Delete what an interrupted run had not finished writing of these files."""
+    for path in list(files):
+        path.with_name(path.name + PARTIAL_SUFFIX).unlink(missing_ok=True)
 
 
 def check_space(needs: Iterable[tuple[Path, int]]) -> None:

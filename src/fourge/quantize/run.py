@@ -8,9 +8,9 @@ Memory: what plan.memory says; budget.py has the sum.
 
 import json
 import platform
-import shutil
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -20,17 +20,22 @@ from fourge import __version__
 from fourge.calibrate.activations import Batch, hidden_file, make_batches
 from fourge.calibrate.observe import LayerStatistics
 from fourge.calibrate.routing import Coverage, layer_record, summarize
-from fourge.checkpoint.header import TensorInfo, read_checkpoint
-from fourge.checkpoint.metadata import copy_files, write_metadata
+from fourge.checkpoint.header import INDEX_NAME, TensorInfo, read_checkpoint
+from fourge.checkpoint.metadata import (
+    CONFIG_NAME,
+    HF_QUANT_CONFIG_NAME,
+    copy_files,
+    write_metadata,
+)
 from fourge.checkpoint.source import FileReader, TensorStream, check_finite, read_pieces
-from fourge.checkpoint.writer import ShardPlan, is_written, write_index, write_json
+from fourge.checkpoint.writer import PARTIAL_SUFFIX, ShardPlan, is_written, write_index, write_json
 from fourge.errors import OutputError
 from fourge.models import layer as model
 from fourge.quantize.budget import COPY_BUFFER_BYTES
 from fourge.quantize.layer import Job, LayerWriter, run_layer
-from fourge.quantize.plan import CopyPlan, describe, disk_bytes
+from fourge.quantize.plan import CopyPlan, describe, describe_resources, disk_bytes
 from fourge.quantize.progress import OnProgress, Progress, peak_resident
-from fourge.quantize.resume import FINGERPRINT_NAME, RUN_NAME, check_space, remove_partial
+from fourge.quantize.resume import RUN_NAME, check_space, remove_partial, remove_work
 
 
 @torch.no_grad()
@@ -42,7 +47,7 @@ def quantize(job: Job, on_progress: OnProgress) -> dict:
     layers = job.plan.layout.layers
     for folder in (job.own / "statistics", job.work):
         folder.mkdir(parents=True, exist_ok=True)
-    remove_partial(job.out, job.work)
+    remove_partial(_written_files(job))
     _check_space(job)
     progress = Progress(
         layers=len(layers),
@@ -63,6 +68,16 @@ def quantize(job: Job, on_progress: OnProgress) -> dict:
                 _copy(job, files, copy, progress)
     progress.stage("closing", layers_done=len(layers))
     return _finish(job, progress)
+
+
+def _written_files(job: Job) -> Iterator[Path]:
+    """Every file that a run of this job may have been writing when it was interrupted."""
+    names = [shard.file for shard in job.plan.layout.shards]
+    names += [CONFIG_NAME, HF_QUANT_CONFIG_NAME, INDEX_NAME]
+    yield from (job.out / name for name in names)
+    yield from (job.out / path for path in job.plan.source.other_files)
+    for folder in (job.own, job.own / "statistics", job.work):
+        yield from (path.with_suffix("") for path in folder.glob(f"*{PARTIAL_SUFFIX}"))
 
 
 def _is_done(job: Job, shards: tuple[ShardPlan, ...]) -> bool:
@@ -150,8 +165,7 @@ def _finish(job: Job, progress: Progress) -> dict:
     write_metadata(job.out, layout.config_text, list(layout.excluded))
     record = _record(job, progress, coverage)
     write_json(job.own / RUN_NAME, record)
-    shutil.rmtree(job.work)
-    (job.own / FINGERPRINT_NAME).unlink(missing_ok=True)
+    remove_work(job.out, job.work)
     return record
 
 
@@ -205,6 +219,7 @@ def _record(job: Job, progress: Progress, coverage: Coverage) -> dict:
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "device": str(job.device),
             "dtype": str(job.dtype).removeprefix("torch."),
+            **describe_resources(plan),
             "machine": platform.machine(),
             "seconds": round(progress.elapsed_s, 3),
             "peak_resident_bytes": peak_resident(),

@@ -15,8 +15,8 @@ import torch
 from fourge.calibrate.activations import make_batches
 from fourge.calibrate.corpus import RECORD_FILE, Corpus, build_corpus
 from fourge.calibrate.sources import identify_data
-from fourge.checkpoint.writer import writing
-from fourge.errors import BudgetError
+from fourge.checkpoint.header import read_checkpoint
+from fourge.errors import BudgetError, CheckpointError, OutputError
 from fourge.formats import kernels
 from fourge.formats.nvfp4 import weight_scale_2
 from fourge.models.footprint import Load
@@ -32,6 +32,10 @@ from fourge.quantize.resume import (
     fingerprint,
     finished_run,
     locked,
+    own_folders,
+    remove_work,
+    store_fingerprint,
+    work_folder,
 )
 from fourge.quantize.run import quantize
 
@@ -68,24 +72,36 @@ def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -
     check_target(request.out, request.source)
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
+    data = {spec.name: identify_data(spec.data) for spec in request.recipe.passes}
+    identity = fingerprint(source, to_dict(request.recipe), data, str(dtype))
+    work = work_folder(request.out, request.work, identity)
+    check_fingerprint(request.out, identity)
+    done = finished_run(request.out)
+    if done is not None:
+        return _check_finished(request.out, work, done)
     own = request.out / OWN_FOLDER
-    work = request.work or own / "work"
-    with writing(work):
-        own.mkdir(parents=True, exist_ok=True)
-        work.mkdir(parents=True, exist_ok=True)
-    with locked(own), locked(work):
-        data = {spec.name: identify_data(spec.data) for spec in request.recipe.passes}
-        identity = fingerprint(source, to_dict(request.recipe), data, str(dtype))
-        check_fingerprint(request.out, identity)
-        done = finished_run(request.out)
-        if done is not None:
-            return done
+    with own_folders(own, work), locked(own), locked(work):
+        check_fingerprint(request.out, identity)  # again: another process may have been quicker
         corpus = _corpus(source, request.recipe, work, on_data)
         workload = measure_workload(corpus, request.recipe)
-        budget = _budget(request, device, dtype)
-        plan = make_plan(source, request.recipe, workload, budget)
+        plan = make_plan(source, request.recipe, workload, _budget(request, device, dtype))
+        store_fingerprint(request.out, identity)
+        corpus.save(work)
         job = Job(plan, corpus, identity, request.out, own, work, device, dtype)
         return quantize(job, on_progress)
+
+
+def _check_finished(out: Path, work: Path, record: dict) -> dict:
+    """A finished output needs nothing more, if it is still whole."""
+    try:
+        read_checkpoint(out)
+    except CheckpointError as error:
+        raise OutputError(
+            f"{out} was finished but is no longer whole: {error} Restore it, or remove the folder"
+            " and run the same command again."
+        ) from None
+    remove_work(out, work)
+    return record
 
 
 def choose_device(name: str) -> torch.device:
@@ -119,21 +135,19 @@ def measure_workload(corpus: Corpus, recipe: Recipe) -> Workload:
 
 
 def _corpus(source: Source, recipe: Recipe, work: Path, on_data: OnData) -> Corpus:
-    """The tokens that an interrupted run kept, else new ones, kept for the next run.
+    """The tokens that an interrupted run kept, else new ones.
 
     The fingerprint has already told that recipe and data are the same.
     """
     if (work / RECORD_FILE).exists():
         return Corpus.load(work)
-    corpus = build_corpus(
+    return build_corpus(
         recipe.passes,
         checkpoint=source.folder,
         vocab_size=source.config.vocab_size,
         max_bad_share=recipe.max_bad_share,
         on_progress=on_data,
     )
-    corpus.save(work)
-    return corpus
 
 
 def _budget(request: Request, device: torch.device, dtype: torch.dtype) -> Budget:
@@ -141,17 +155,13 @@ def _budget(request: Request, device: torch.device, dtype: torch.dtype) -> Budge
     _warm_up(device)
     host = request.memory or default_host_budget()
     resident = psutil.Process().memory_info().rss + SETTLING_BYTES
-    if peak_resident() > host:
-        raise BudgetError(
-            f"--memory {host >> 20}MiB is less than the {-(-peak_resident() >> 20)}MiB that the"
-            " process itself took to start; give more."
-        )
+    held = {"base": resident, "peak": peak_resident(), "itemsize": dtype.itemsize}
     if device.type == "cpu":
-        return Budget(host, resident, itemsize=dtype.itemsize)
+        return Budget(host, **held)
     free, _ = torch.cuda.mem_get_info(device)
     limit = request.device_memory or request.memory or free
     limit = min(limit, int(free * DEVICE_SHARE))
-    return Budget(host, resident, device=limit, itemsize=dtype.itemsize)
+    return Budget(host, device=limit, **held)
 
 
 def _warm_up(device: torch.device) -> None:

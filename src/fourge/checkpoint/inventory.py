@@ -12,6 +12,7 @@ from fourge.checkpoint.header import Checkpoint, TensorInfo
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP, Role, find
 
 UNKNOWN = "unknown"
+_ROLES = [*Role, UNKNOWN]
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,7 @@ def inventory(checkpoint: Checkpoint) -> list[Entry]:
         found = find(info.name)
         layer, role = (found.layer, str(found.role)) if found else (None, UNKNOWN)
         _add(sums, Entry(layer, role, info.dtype, 1, count_parameters(info), info.nbytes))
-    return sorted(
-        sums.values(),
-        key=lambda entry: (-1 if entry.layer is None else entry.layer, entry.role, entry.dtype),
-    )
+    return sorted(sums.values(), key=_order)
 
 
 def count_parameters(info: TensorInfo) -> int:
@@ -57,8 +55,12 @@ def by_role(entries: Iterable[Entry]) -> list[Entry]:
     sums: dict[tuple[int | None, str, str], Entry] = {}
     for entry in entries:
         _add(sums, replace(entry, layer=None))
-    order = [*Role, UNKNOWN]
-    return sorted(sums.values(), key=lambda entry: (order.index(entry.role), entry.dtype))
+    return sorted(sums.values(), key=_order)
+
+
+def _order(entry: Entry) -> tuple[int, int, str]:
+    """By layer, then as Role lists them, then by dtype."""
+    return (-1 if entry.layer is None else entry.layer, _ROLES.index(entry.role), entry.dtype)
 
 
 def _add(sums: dict[tuple[int | None, str, str], Entry], entry: Entry) -> None:

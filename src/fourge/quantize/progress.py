@@ -40,7 +40,7 @@ class Progress:
     ) -> None:
         self._notify = notify
         self._began = time.monotonic()
-        self._layers_began = self._began
+        self._work_began = self._began
         self._told = 0.0
         self._work = 1.0
         self._now = Snapshot(
@@ -58,10 +58,10 @@ class Progress:
         self._now = replace(self._now, stage=title, layers_done=layers_done)
         self._tell(always=True)
 
-    def begin_layers(self, work: float) -> None:
-        """The layers' work, in any unit, lies ahead; from here on time is extrapolated."""
+    def begin(self, work: float) -> None:
+        """That much work, in any unit, lies ahead; from here on time is extrapolated."""
         self._work = work
-        self._layers_began = time.monotonic()
+        self._work_began = time.monotonic()
 
     def advance(
         self, *, work: float = 0.0, tokens: int = 0, read: int = 0, written: int = 0
@@ -83,7 +83,7 @@ class Progress:
             return
         self._told = clock
         fraction = self._now.fraction
-        spent = clock - self._layers_began
+        spent = clock - self._work_began
         self._now = replace(
             self._now,
             resident=psutil.Process().memory_info().rss,

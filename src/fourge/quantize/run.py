@@ -57,6 +57,7 @@ def quantize(job: Job, on_progress: OnProgress) -> dict:
     )
     lengths, pass_of = job.corpus.lengths.tolist(), job.corpus.pass_of.tolist()
     batches = make_batches(lengths, pass_of, batch_tokens=job.plan.recipe.batch_tokens)
+    progress.begin(_work_left(job))
     with FileReader(job.plan.source.folder) as files:
         if not _is_done(job, job.plan.layout.embedding.shards):
             progress.stage("embedding", layers_done=0)
@@ -84,6 +85,14 @@ def _is_done(job: Job, shards: tuple[ShardPlan, ...]) -> bool:
     return all(is_written(job.out, shard) for shard in shards)
 
 
+def _work_left(job: Job) -> int:
+    """In bytes of the source that are still to be read; a fair measure where layers dominate."""
+    layout = job.plan.layout
+    layers = sum(one.source_bytes for one in layout.layers if not _is_done(job, one.shards))
+    copies = [one for one in (layout.embedding, *layout.tail) if not _is_done(job, one.shards)]
+    return max(1, layers + sum(info.nbytes for one in copies for info in one.tensors))
+
+
 def _check_space(job: Job) -> None:
     output, work = disk_bytes(job.plan)
     shards = job.plan.layout.shards
@@ -105,7 +114,6 @@ def _run_layers(job: Job, batches: list[Batch], progress: Progress) -> None:
     rope = model.rope_table(job.plan.source.config, int(job.corpus.lengths.max()), job.device)
     groups = [group.tensors for layer in remaining for group in layer.groups]
     stream = iter(TensorStream(job.plan.source.folder, groups, device=job.device))
-    progress.begin_layers(sum(layer.source_bytes for layer in remaining))
     for layer in remaining:
         progress.stage(f"layer {layer.layer}", layers_done=layer.layer)
         run_layer(job, layer, stream, batches, rope, progress)
@@ -151,7 +159,7 @@ def _copy_pieces(
         for first, rows in read_pieces(files, info, buffer):
             check_finite(info.name, rows)
             writer.write(info.name, rows, first * rows.shape[1] * rows.dtype.itemsize)
-            progress.advance(read=rows.nbytes, written=rows.nbytes)
+            progress.advance(work=rows.nbytes, read=rows.nbytes, written=rows.nbytes)
             yield first, rows
 
 

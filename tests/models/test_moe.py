@@ -162,18 +162,6 @@ def test_the_observer_sees_each_expert_once_with_its_tokens_in_order(
     assert sum(len(x_ND) for _, x_ND, _ in calls) == 90 * 3
 
 
-def test_statistics_alone_leave_the_sum_as_it_is(twin: Any, hidden: torch.Tensor) -> None:
-    weights = twin.layer_weights(1)
-    full, stats = (route(hidden, weights, twin.config) for _ in range(2))
-    before = stats.acc_TD.clone()
-    with_sum, without = observed(twin, full), observed(twin, stats, last_only_stats=True)
-    assert torch.equal(stats.acc_TD, before)
-    assert not torch.equal(full.acc_TD, before)
-    for (_, x, h), (_, same_x, same_h) in zip(with_sum, without, strict=True):
-        assert torch.equal(x, same_x)
-        assert torch.equal(h, same_h)
-
-
 def test_an_expert_with_many_tokens_is_run_in_pieces(
     twin: Any, hidden: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,7 +129,10 @@ def main() -> None:
         return
     report = {
         "commit": commit(),
-        "command": sys.argv,
+        "command": [
+            "PYTHON" if before == "--modelopt-python" else word
+            for before, word in zip(["", *sys.argv], sys.argv, strict=False)
+        ],
         "machine": machine(args.device),
         "torch_threads": torch.get_num_threads(),
         "shape": SHAPE,

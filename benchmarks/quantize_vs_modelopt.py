@@ -8,8 +8,8 @@ calibrated on 16 x 128 random tokens. Each run is a process of its own; times ar
 after the imports. ModelOpt's total is calibrate + export; its loading is reported apart and not
 counted. fourge's total is the whole command, the kernels' compilation included when numba's cache
 has none. Peak memory is VmHWM of the process, imports included. Prints one JSON document with every
-sample, taken in turns, and the load average before each. On two cores that others use too,
-ModelOpt's many small two-thread operations take 10 to 50 times as long: measure on an idle machine.
+sample, taken in turns, and the load average before each. On cores that others use too, ModelOpt's
+many small operations on several threads take 10 to 50 times as long; --busy N shows that.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--modelopt-python", help="an interpreter that has nvidia-modelopt")
     parser.add_argument("--repeat", type=int, default=3, help="runs of each (default 3)")
     parser.add_argument("--only", choices=("modelopt", "fourge"), help="run one of the two")
+    parser.add_argument(
+        "--busy", type=int, default=0, help="processes that keep a core each busy meanwhile"
+    )
     parser.add_argument("--work", type=Path, help="where the temporary checkpoints go")
     parser.add_argument("--child", choices=("modelopt", "fourge"), help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
@@ -93,14 +97,15 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     samples: dict[str, list[dict[str, Any]]] = {
         side: [] for side in interpreters if options.only in (None, side)
     }
-    for number in range(options.repeat):
-        for side, runs in samples.items():
-            out = work / f"{side}-{number}"
-            arguments = command_of(side, source, out, data)
-            runs.append(run_child(side, interpreters[side], arguments, work))
+    with busy_processes(options.busy):
+        for number in range(options.repeat):
+            for side, runs in samples.items():
+                arguments = command_of(side, source, work / f"{side}-{number}", data)
+                runs.append(run_child(side, interpreters[side], arguments, work))
     report = {
         "benchmark": "quantize_vs_modelopt",
         **describe_run(),
+        "busy_processes": options.busy,
         "parameters": count_parameters(),
         "input_ids": INPUT_IDS,
         "samples": samples,
@@ -113,6 +118,19 @@ def compare(options: argparse.Namespace, work: Path) -> dict[str, Any]:
             for kind in ("median", "best")
         }
     return report
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """A machine that others use too."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def command_of(side: str, source: Path, out: Path, data: Path) -> list[str]:
@@ -145,7 +163,7 @@ def describe_run() -> dict[str, Any]:
     return {
         "commit": git("rev-parse", "--verify", "--quiet", "HEAD") or None,
         "uncommitted_changes": bool(git("status", "--porcelain")),
-        "command": ["python", *sys.argv],
+        "command": ["python", *without_interpreter(sys.argv)],
         "machine": {
             "cpu": cpu_model(),
             "cores": len(os.sched_getaffinity(0)),
@@ -153,6 +171,12 @@ def describe_run() -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def without_interpreter(arguments: list[str]) -> list[str]:
+    """The command as anyone would type it: where the other Python lies is nobody's business."""
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return ["PYTHON" if before == "--modelopt-python" else word for before, word in pairs]
 
 
 def git(*arguments: str) -> str:
@@ -188,6 +212,8 @@ def memory_bytes(key: str) -> int:
 
 def measure_fourge(arguments: list[str]) -> dict[str, Any]:
     """Run the command line in this process; time it from after the imports to its end."""
+    # As the command line does before it imports torch, see fourge/cli/main.py.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for module in FOURGE_IMPORTS:
         importlib.import_module(module)
     main = importlib.import_module("fourge.cli.main").main

@@ -213,7 +213,7 @@ def memory_bytes(key: str) -> int:
 def measure_fourge(arguments: list[str]) -> dict[str, Any]:
     """Run the command line in this process; time it from after the imports to its end."""
     # As the command line does before it imports torch, see fourge/cli/main.py.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     for module in FOURGE_IMPORTS:
         importlib.import_module(module)
     main = importlib.import_module("fourge.cli.main").main

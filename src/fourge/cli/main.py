@@ -45,9 +45,11 @@ def _options(
 
 def main() -> None:
     """Run the command line; the user's mistakes and the machine's refusals end in one sentence."""
-    # Before torch is imported: threads that wait by spinning take the cores from fourge's own
-    # reading and packing threads, and on a shared machine from each other (5 to 10 times slower).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported: threads that spin while they wait take the cores from fourge's own
+    # reading and packing threads, and on a shared machine from each other. On two cores with one
+    # busy process a run took 8-14 s with GNU OpenMP's default of 300,000 rounds, 0.8 s with 1,000,
+    # which cost a tenth on an idle machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except FourgeError as error:

@@ -87,7 +87,11 @@ def test_what_waits_between_groups_keeps_every_bit(tmp_path: Path):
     )
     activations = LayerActivations(tmp_path, config, 1, dtype=torch.float32, device=CPU)
     with activations:
-        activations.hold(batch, routed)
+        activations.hold(batch, routed, is_first=True)
+        for kept, given in zip(activations.take_up(batch), routed, strict=True):
+            assert torch.equal(kept, given)
+        routed.acc_TD.add_(1)
+        activations.hold(batch, routed, is_first=False)
         for kept, given in zip(activations.take_up(batch), routed, strict=True):
             assert torch.equal(kept, given)
         activations.write_output(batch, routed.acc_TD)

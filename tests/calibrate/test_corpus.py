@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -181,12 +182,13 @@ def test_bad_records_are_recorded_with_kind_and_place(tmp_path):
             }
         ],
     }
-    assert corpus.record["warnings"] == [
-        "pass p found 27 of the 100 samples asked for in 30 records of a.jsonl (1 marked toxic, 2"
-        " unusable: a.jsonl:1: the line is not JSON (Expecting property name enclosed in double"
-        " quotes: line 1 column 2 (char 1)); a.jsonl:2: its input_ids hold 5000, the vocabulary is"
-        " 0 to 2047)."
-    ]
+    left_out, short = corpus.record["warnings"]
+    assert left_out == (
+        "pass p left out 2 of 30 records that cannot be used: a.jsonl:1: the line is not JSON"
+        " (Expecting property name enclosed in double quotes: line 1 column 2 (char 1));"
+        " a.jsonl:2: its input_ids hold 5000, the vocabulary is 0 to 2047"
+    )
+    assert short.startswith("pass p found 27 of the 100 samples asked for in 30 records of a.jsonl")
     assert json.loads(json.dumps(corpus.record)) == corpus.record
 
 
@@ -319,3 +321,12 @@ def test_token_ids_are_read_without_torch_or_transformers(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def test_an_open_ended_pass_takes_what_there_is_without_a_warning(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", ids(*[2] * 7))
+    seen = []
+    one = replace(spec(path), open_ended=True)
+    corpus = build(one, on_progress=lambda *told: seen.append(told))
+    assert corpus.record["warnings"] == []
+    assert seen[-1] == ("p", 7, 0)

@@ -27,7 +27,7 @@ def test_groups_arrive_in_order_with_the_right_bytes(tmp_path: Path, tensors: di
     infos = read_checkpoint(tmp_path).tensors
     groups = [[infos["t0"], infos["t5"]], [infos["scalar"]], [infos["t1"], infos["t2"]], []]
     seen = []
-    stream = TensorStream(tmp_path, groups, device=CPU)
+    stream = TensorStream(tmp_path, groups, device=CPU, staging_bytes=0)
     for group in stream:
         seen.append(list(group))
         for name, tensor in group.items():
@@ -45,7 +45,7 @@ def test_every_byte_is_read_once(tmp_path: Path, tensors: dict, monkeypatch: pyt
         read(self, info, target, offset)
 
     monkeypatch.setattr(FileReader, "read", counting)
-    list(TensorStream(tmp_path, [[info] for info in infos.values()], device=CPU))
+    list(TensorStream(tmp_path, [[info] for info in infos.values()], device=CPU, staging_bytes=0))
     ranges.sort()
     assert sum(end - begin for begin, end in ranges) == sum(i.nbytes for i in infos.values())
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(ranges))
@@ -54,7 +54,7 @@ def test_every_byte_is_read_once(tmp_path: Path, tensors: dict, monkeypatch: pyt
 def test_the_next_group_is_read_while_one_is_used(tmp_path: Path, tensors: dict):
     infos = read_checkpoint(tmp_path).tensors
     groups = [[infos[f"t{i}"]] for i in range(6)]
-    iterator = iter(TensorStream(tmp_path, groups, device=CPU))
+    iterator = iter(TensorStream(tmp_path, groups, device=CPU, staging_bytes=0))
     first = next(iterator)
     second = next(iterator)
     # The first arena is filled with group 2 now; the second group must stay untouched by it.
@@ -70,14 +70,14 @@ def test_a_file_that_shrinks_during_the_run_is_named(tmp_path: Path, tensors: di
     last = max(infos.values(), key=lambda info: info.start)
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(CheckpointError, match=f"ends within {last.name}"):
-        list(TensorStream(tmp_path, [[last]], device=CPU))
+        list(TensorStream(tmp_path, [[last]], device=CPU, staging_bytes=0))
 
 
 def test_a_file_that_vanishes_is_named(tmp_path: Path, tensors: dict):
     infos = read_checkpoint(tmp_path).tensors
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"cannot read t0 from .*No such file"):
-        list(TensorStream(tmp_path, [[infos["t0"]]], device=CPU))
+        list(TensorStream(tmp_path, [[infos["t0"]]], device=CPU, staging_bytes=0))
 
 
 def test_pieces_of_rows_make_up_the_tensor(tmp_path: Path, tensors: dict):

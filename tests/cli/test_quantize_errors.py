@@ -503,7 +503,8 @@ def test_bad_records_below_the_share_are_counted_and_shown(good: Path, tmp_path:
     assert one["sequences"] == 18
     assert one["bad"]["records"] == 2
     assert ["mixed.jsonl:3" in entry["where"] for entry in one["bad"]["examples"]].count(True) == 1
-    assert "2 unusable records" in result.stderr
+    assert "2 records unusable" in result.stderr
+    assert "left out 2 of 20 records that cannot be used: mixed.jsonl:3:" in result.stderr
 
 
 def test_no_bad_record_is_tolerated_with_share_zero(good: Path, tmp_path: Path) -> None:

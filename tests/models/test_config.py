@@ -1,12 +1,10 @@
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
 from fourge.errors import ConfigError
-from fourge.models.config import from_dict, load
+from fourge.models.config import from_dict
 
 Raw = dict[str, Any]
 
@@ -350,24 +348,6 @@ def test_both_forms_of_rope_read_the_same() -> None:
 def test_a_missing_yarn_factor_follows_from_the_two_context_lengths() -> None:
     scaling = DEEPSEEK_V3["rope_scaling"] | {"factor": None}
     assert from_dict(DEEPSEEK_V3 | {"rope_scaling": scaling}).rope.factor == 40.0
-
-
-def test_load_reads_config_json_of_a_folder(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(GLM_5_1))
-    assert load(tmp_path) == from_dict(GLM_5_1)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "has no config.json"), ("{", "cannot be read as JSON"), ("[1]", "holds list")],
-)
-def test_an_unusable_config_file_is_one_clear_sentence(
-    tmp_path: Path, content: str | None, message: str
-) -> None:
-    if content is not None:
-        (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=message):
-        load(tmp_path)
 
 
 def test_a_long_value_is_shortened_in_the_message(raw_config: Raw) -> None:

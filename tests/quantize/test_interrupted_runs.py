@@ -1,5 +1,6 @@
 """Runs that are killed, interrupted or refused: the next one goes on, and nothing is ever lost."""
 
+import json
 import os
 import random
 import shutil
@@ -395,6 +396,56 @@ def test_two_outputs_may_use_one_work_folder_after_each_other(
     done = run(*long.command(tmp_path / "long"), "--work", work)
     assert done.status == 0, done.stderr
     assert contents(tmp_path / "long") == long.whole
+
+
+def test_a_run_goes_on_only_where_its_activations_are(long: Case, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "scratch"
+    process = start(*long.command(out), "--work", work)
+    wait_for((out / shard(3)).exists, process)
+    process.send(signal.SIGKILL)
+    process.wait()
+
+    refused(run(*long.command(out)), f"--work {work}")
+    refused(run(*long.command(out), "--work", tmp_path / "elsewhere"), f"--work {work}")
+    assert not (tmp_path / "elsewhere").exists()
+    done = run(*long.command(out), "--work", work)
+    assert done.status == 0, done.stderr
+    assert contents(out) == long.whole
+    assert list(work.iterdir()) == []
+
+
+def test_a_work_folder_within_source_or_output_is_refused(short: Case, tmp_path: Path) -> None:
+    before = contents(short.source)
+    for work in (short.source, short.source / "work", tmp_path / "out", tmp_path / "out" / "w"):
+        refused(run(*short.command(tmp_path / "out"), "--work", work), "work folder", str(work))
+    assert contents(short.source) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_start_binds_nothing(short: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused(run(*short.command(out), "--memory", "100MiB"), "--memory")
+    done = run(*short.command(out), "--seed", 7)
+    assert done.status == 0, done.stderr
+
+
+def test_a_finished_output_that_lost_a_shard_is_told(short: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(*short.command(out)).status == 0
+    lost = min(out.glob("*.safetensors"))
+    lost.unlink()
+    refused(run(*short.command(out)), "no longer whole", lost.name)
+
+
+def test_times_of_a_resumed_run_count_all_its_layers(long: Case, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    killed_midway(long, out)
+    assert run(*long.command(out)).status == 0
+    timing = json.loads((out / "fourge" / "run.json").read_text())["timing"]
+    assert [layer["layer"] for layer in timing["layers"]] == list(range(NUM_LAYERS))
+    total = sum(layer["seconds"] for layer in timing["layers"])
+    assert timing["seconds_of_layers"] == pytest.approx(total, abs=0.01)
+    assert timing["peak_resident_bytes"] >= timing["layers"][0]["peak_resident_bytes"] > 0
 
 
 def test_a_run_whose_work_folder_is_lost_recovers_or_says_so(long: Case, tmp_path: Path) -> None:

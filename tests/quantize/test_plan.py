@@ -111,3 +111,27 @@ def test_sizes_are_shown_so_that_they_can_be_typed_back():
     assert format_bytes(GIB, up=True) == "1.0 GiB"
     assert format_bytes(700 << 20) == "700.0 MiB"
     assert format_bytes(12) == "12 B"
+
+
+def test_a_model_without_experts_is_told_that_there_is_nothing_to_do(tmp_path: Path):
+    write_checkpoint(tmp_path / "m", config=published_config(first_k_dense_replace=3))
+    with pytest.raises(ConfigError, match=r"only dense layers.*Mixture-of-Experts checkpoint"):
+        survey(tmp_path / "m", mtp="bf16")
+
+
+def test_a_config_as_transformers_saves_it_is_followed_by_its_layer_types(tmp_path: Path):
+    raw = published_config() | {"mlp_layer_types": ["dense", "sparse", "sparse"]}
+    write_checkpoint(tmp_path / "m", config=raw)
+    (tmp_path / "m" / "config.json").write_text(json.dumps(raw | {"first_k_dense_replace": 3}))
+    source = survey(tmp_path / "m", mtp="bf16")
+    assert source.config.mlp_types == ("dense", "sparse", "sparse")
+    warnings = describe(make_plan(source, RECIPE, SMALL, Budget(GIB)))["warnings"]
+    assert [w for w in warnings if "first_k_dense_replace 3 does not fit" in w] == warnings
+
+
+def test_sequences_beyond_the_model_s_positions_are_told(small: Path):
+    long = replace(SMALL, load=Load(5000, 5000), tokens=5000)
+    (warning,) = describe(make_plan(survey(small, mtp="bf16"), RECIPE, long, Budget(GIB)))[
+        "warnings"
+    ]
+    assert "5,000 tokens go beyond the model's max_position_embeddings, 4,096" in warning

@@ -53,7 +53,7 @@ def test_the_demo_recipe_names_the_bundled_conversations():
 
 def test_the_data_recipe_demands_data():
     recipe = load_recipe("data")
-    assert recipe.passes == (PassSpec("data", (), 8192, 1, 8192, 0),)
+    assert recipe.passes == (PassSpec("data", (), 8192, 1, 8192, 0, open_ended=True),)
     with pytest.raises(RecipeError, match=r"no data for pass data: give some with --data PATH"):
         with_overrides(recipe)
     assert with_overrides(recipe, data=["x.jsonl"]).passes[0].data == ("x.jsonl",)
@@ -108,7 +108,6 @@ BAD = [
     (PASS + PASS, "two passes of one name"),
     (PASS.replace('"p"', '"a=b"'), "has a pass with name 'a=b'"),
     (PASS.replace('name = "p"\n', ""), "has a pass with name None"),
-    (PASS.replace("samples = 4\n", ""), "has no samples"),
     (PASS.replace("max_tokens = 8\n", ""), "has no max_tokens"),
     (PASS.replace("samples = 4", "samples = 0"), "samples in pass p of"),
     (PASS.replace("samples = 4", "samples = 1.5"), "is 1.5, needed a whole number"),
@@ -168,25 +167,21 @@ def test_the_other_overrides_are_checked_like_the_file(write):
             with_overrides(recipe, **wrong)
 
 
-def test_the_recipe_as_data_is_the_same_in_every_folder(tmp_path):
+def test_the_recipe_as_data_knows_no_names_and_no_places(tmp_path):
     described = []
     for name in ("one", "two"):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "a.jsonl").touch()
-        (folder / "mine.toml").write_text(PASS.replace('"a/b"', '"a.jsonl", "org/name"'))
-        described.append(to_dict(load_recipe(str(folder / "mine.toml"))))
+        (folder / f"{name}.toml").write_text(PASS.replace('"a/b"', '"a.jsonl", "org/name"'))
+        described.append(to_dict(load_recipe(str(folder / f"{name}.toml"))))
     assert described[0] == described[1]
-    assert described[0]["passes"] == [
-        {
-            "name": "p",
-            "data": ["a.jsonl", "org/name"],
-            "samples": 4,
-            "min_tokens": 1,
-            "max_tokens": 8,
-            "seed": 0,
-        }
-    ]
+    assert described[0] == {
+        "method": "max",
+        "mtp": "bf16",
+        "batch_tokens": 8192,
+        "passes": [{"name": "p", "samples": 4, "min_tokens": 1, "max_tokens": 8, "seed": 0}],
+    }
     assert json.loads(json.dumps(described[0])) == described[0]
 
 

@@ -76,7 +76,8 @@ class RowFile:
         except OSError as error:
             raise OutputError(
                 f"{self._path}, which the interrupted run left behind, cannot be read"
-                f" ({error.strerror}): remove the output folder and start again."
+                f" ({error.strerror}): bring it back, or choose another output folder and start"
+                " again."
             ) from error
         return self
 
@@ -134,8 +135,8 @@ def topk_file(folder: Path, config: ModelConfig, layer: int) -> RowFile:
 
 def remove_before(folder: Path, layer: int) -> None:
     """Delete the inputs of layers that are done."""
-    for path in folder.glob("*-?????.bin"):
-        if int(path.stem.rsplit("-", 1)[1]) < layer:
+    for path in [*folder.glob("hidden-?????.bin"), *folder.glob("topk-?????.bin")]:
+        if int(path.stem.split("-")[1]) < layer:
             path.unlink()
 
 
@@ -227,13 +228,16 @@ class LayerActivations:
             yield start, length, length > self._config.index_topk
             start += length
 
-    def hold(self, batch: Batch, routed: Routed) -> None:
-        """Keep a batch until the next group of experts is in memory."""
+    def hold(self, batch: Batch, routed: Routed, *, is_first: bool) -> None:
+        """Keep a batch until the next group of experts is in memory; after the first group only
+        the sum has changed.
+        """
         for field, file in self._waiting.items():
             if field not in self._created:
                 file.create()
                 self._created.add(field)
-            file.write(batch.start, getattr(routed, field))
+            if is_first or field == "acc_TD":
+                file.write(batch.start, getattr(routed, field))
 
     def take_up(self, batch: Batch) -> Routed:
         """What ``hold`` kept."""

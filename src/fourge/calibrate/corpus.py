@@ -24,6 +24,7 @@ from fourge.calibrate.records import MAX_EXAMPLES, Record, Tally
 from fourge.calibrate.sources import Source, open_sources
 from fourge.chat.template import MessageError, render
 from fourge.chat.tokens import encode, load_tokenizer
+from fourge.checkpoint.writer import write_file, write_json
 from fourge.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class PassSpec:
-    """What one pass asks for: data (paths, dataset ids), how many samples, of which length."""
+    """What one pass asks for: data (paths, dataset ids), how many samples, of which length.
+
+    ``open_ended``: the recipe names no number, so fewer than ``samples`` are no shortage.
+    """
 
     name: str
     data: tuple[str, ...]
@@ -50,6 +54,7 @@ class PassSpec:
     min_tokens: int
     max_tokens: int
     seed: int
+    open_ended: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,6 @@ class Corpus:
 
     def save(self, folder: Path) -> None:
         """Write two files; the second, which makes them valid, only when the first is whole."""
-        # Not at the top: the writer imports torch, and recipes are read without it.
-        from fourge.checkpoint.writer import write_file, write_json
-
         buffer = io.BytesIO()
         np.savez(buffer, tokens=self.tokens, lengths=self.lengths, pass_of=self.pass_of)
         write_file(folder / TOKENS_FILE, buffer.getvalue())
@@ -112,7 +114,8 @@ def build_corpus(
     max_bad_share: float,
     on_progress: Progress | None = None,
 ) -> Corpus:
-    """Fill every pass; ``on_progress`` is called now and then with (pass, accepted, asked).
+    """Fill every pass; ``on_progress`` is called now and then with (pass, accepted, asked), where
+    asked is 0 for an open-ended pass.
 
     A pass that finds fewer samples than asked is noted in ``record["warnings"]``. Raises DataError
     if data cannot be read, if a pass finds nothing, or if more than ``max_bad_share`` (0 to 1) of
@@ -140,7 +143,7 @@ def build_corpus(
         "sequences": len(lengths),
         "tokens": len(tokens),
         "passes": [_describe(filled) for filled in passes],
-        "warnings": [_shortage(filled) for filled in passes if _is_short(filled)],
+        "warnings": [warning for filled in passes for warning in _warnings(filled)],
     }
     return Corpus(tuple(spec.name for spec in specs), tokens, lengths, pass_of, record)
 
@@ -169,12 +172,12 @@ def _fill(
         if drawn % LOOK_EVERY == 0:
             _check_bad_share(spec, sources, max_bad_share)
         if on_progress and drawn % REPORT_EVERY == 0:
-            on_progress(spec.name, len(sequences), spec.samples)
+            on_progress(spec.name, len(sequences), 0 if spec.open_ended else spec.samples)
         if len(sequences) == spec.samples:
             break
     _check_bad_share(spec, sources, max_bad_share)
     if on_progress:
-        on_progress(spec.name, len(sequences), spec.samples)
+        on_progress(spec.name, len(sequences), 0 if spec.open_ended else spec.samples)
     return _Filled(spec, sources, sequences, too_short)
 
 
@@ -280,8 +283,15 @@ def _examples(total: Tally) -> str:
     return "; ".join(shown + ["..."] * (total.bad.total() > MESSAGE_EXAMPLES))
 
 
-def _is_short(filled: _Filled) -> bool:
-    return len(filled.sequences) < filled.spec.samples
+def _warnings(filled: _Filled) -> Iterator[str]:
+    total = _total(filled.sources)
+    if total.bad:
+        yield (
+            f"pass {filled.spec.name} left out {total.bad.total():,} of {total.records:,} records"
+            f" that cannot be used: {_examples(total)}"
+        )
+    if not filled.spec.open_ended and len(filled.sequences) < filled.spec.samples:
+        yield _shortage(filled)
 
 
 def _describe(filled: _Filled) -> dict[str, Any]:

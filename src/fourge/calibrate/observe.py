@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
 import torch
 
 from fourge.checkpoint.writer import write_file
-from fourge.errors import CheckpointError
+from fourge.errors import CheckpointError, OutputError
 
 # Called by models.moe.run_experts: expert number, its input [N, D], the input of down_proj [N, F].
 Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -84,5 +85,11 @@ class LayerStatistics:
 
     @classmethod
     def load(cls, path: Path) -> "LayerStatistics":
-        """Read a file that ``save`` wrote."""
-        return cls(**safetensors.torch.load_file(path))
+        """Read a file that ``save`` wrote; OutputError if it is not as it was written."""
+        try:
+            return cls(**safetensors.torch.load_file(path))
+        except (safetensors.SafetensorError, OSError, TypeError) as error:
+            raise OutputError(
+                f"{path} is damaged ({error}): it was changed from outside; choose another output"
+                " folder and start again."
+            ) from error

@@ -8,6 +8,7 @@ modelopt_quant.py:1595-1702). Imports no torch.
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -177,7 +178,10 @@ def copy_files(source: Path, target: Path, files: Iterable[Path]) -> None:
         partial = final.with_name(final.name + PARTIAL_SUFFIX)
         with writing(final):
             final.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / relative, partial)
+            with (source / relative).open("rb") as reading, partial.open("wb") as copy:
+                shutil.copyfileobj(reading, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
             partial.replace(final)
             sync_folder(final.parent)
 

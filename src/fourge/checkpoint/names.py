@@ -34,8 +34,6 @@ class Role(StrEnum):
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LAYER_PREFIX = "model.layers.{layer}."
 EXPERT_PREFIX = "mlp.experts.{expert}.{projection}."
-# The NVFP4 tensors of one projection, in ModelOpt's spelling.
-NVFP4_PARTS = ("weight", "weight_scale", "weight_scale_2", "input_scale")
 
 FUSED_GATE_UP = "mlp.experts.gate_up_proj"
 FUSED_DOWN = "mlp.experts.down_proj"

@@ -4,7 +4,7 @@ Reads with ``preadv`` into arenas that are allocated once: file mappings would c
 resident memory that a run promises to bound, and fresh memory is slow to touch. While the caller
 works on one group, a thread fills the other arena. On a GPU the arenas lie in device memory and
 bytes pass through one pinned staging buffer.
-Peak memory: two arenas of the largest group, plus ``STAGING_BYTES`` on the host for a GPU.
+Peak memory: two arenas of the largest group, plus the staging buffer on the host for a GPU.
 """
 
 import os
@@ -23,18 +23,21 @@ TORCH_DTYPES = {
     "U8": torch.uint8,
     "F8_E4M3": torch.float8_e4m3fn,
 }
-STAGING_BYTES = 64 << 20
 
 
 class TensorStream:
     """Iterate over groups of tensors of one checkpoint.
 
     Each item is a dict of views into an arena, valid until the next item is asked for.
-    ``bytes_read`` counts what has been read so far.
     """
 
     def __init__(
-        self, folder: Path, groups: Sequence[Sequence[TensorInfo]], *, device: torch.device
+        self,
+        folder: Path,
+        groups: Sequence[Sequence[TensorInfo]],
+        *,
+        device: torch.device,
+        staging_bytes: int,
     ) -> None:
         self._files = FileReader(folder)
         self._groups = groups
@@ -45,11 +48,10 @@ class TensorStream:
             torch.empty(capacity, dtype=torch.uint8, device=device) for _ in range(count)
         ]
         self._staging = (
-            torch.empty(min(STAGING_BYTES, capacity), dtype=torch.uint8, pin_memory=True)
+            torch.empty(min(staging_bytes, capacity), dtype=torch.uint8, pin_memory=True)
             if device.type == "cuda"
             else None
         )
-        self.bytes_read = 0
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         with self._files, ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
@@ -69,7 +71,6 @@ class TensorStream:
             self._fill(info, target)
             views[info.name] = target.view(TORCH_DTYPES[info.dtype]).view(info.shape)
             position += aligned_bytes([info])
-            self.bytes_read += info.nbytes
         return views
 
     def _fill(self, info: TensorInfo, target: torch.Tensor) -> None:

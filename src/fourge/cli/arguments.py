@@ -27,7 +27,11 @@ def parse_bytes(text: str | int) -> int:
 SourceFolder = Annotated[Path, typer.Argument(help="Folder of the BF16 checkpoint.")]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="NAME|FILE", help="A built-in recipe or a TOML file."),
+    typer.Option(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="glm-5.1, data, demo, or a TOML file. Default: data for quantize, glm-5.1 for plan.",
+    ),
 ]
 MtpChoice = Annotated[
     Literal["bf16", "drop"] | None,

@@ -23,6 +23,8 @@ def inspect(
     _, config = read_config(checkpoint)
     entries = inventory(headers)
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        quantization = {"quant_method": str(quantization)}
     document = {
         "model_type": config.get("model_type"),
         "quantization": quantization.get("quant_algo") or quantization.get("quant_method"),

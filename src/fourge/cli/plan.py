@@ -11,7 +11,14 @@ from fourge.cli.arguments import (
     SourceFolder,
 )
 from fourge.cli.show import print_json, print_table, say
-from fourge.quantize.budget import Budget, default_host_budget, default_workers, format_bytes
+from fourge.quantize.budget import (
+    TYPICAL_BASE_BYTES,
+    TYPICAL_GPU_BASE_BYTES,
+    Budget,
+    default_host_budget,
+    default_workers,
+    format_bytes,
+)
 from fourge.quantize.plan import describe, describe_resources, make_plan, survey, upper_workload
 from fourge.quantize.recipe import load_recipe
 
@@ -38,6 +45,7 @@ def plan(
     workload = upper_workload(surveyed, chosen, workers=default_workers())
     budget = Budget(
         memory or default_host_budget(),
+        base=TYPICAL_GPU_BASE_BYTES if device_memory else TYPICAL_BASE_BYTES,
         device=device_memory or 0,
         itemsize=2 if device_memory else 4,
     )
@@ -52,7 +60,8 @@ def plan(
 def _show(document: dict) -> None:
     memory, disk = document["memory"], document["disk"]
     print_table(
-        f"{document['model_type']}, {document['layers']} layers, MTP {document['mtp']}",
+        f"{document['model_type']}, {document['layers']} layers, MTP {document['mtp']},"
+        f" recipe {document['recipe']}",
         ("role", "tensors", "bytes"),
         [
             (role, entry["tensors"], format_bytes(entry["bytes"]))
@@ -64,14 +73,15 @@ def _show(document: dict) -> None:
         f" in {document['shards']} shards; up to {document['tokens']:,} tokens"
     )
     say(
-        f"host memory {format_bytes(memory['host'])} of {format_bytes(memory['host_budget'])}"
+        f"host memory {format_bytes(memory['host'], up=True)} of"
+        f" {format_bytes(memory['host_budget'])}"
         f" (smallest {format_bytes(memory['smallest_host'], up=True)}),"
         f" a layer in {document['groups_per_layer']} group(s) of up to"
         f" {format_bytes(memory['largest_group'])}"
     )
     if memory["device_budget"]:
         say(
-            f"GPU memory {format_bytes(memory['device'])} of"
+            f"GPU memory {format_bytes(memory['device'], up=True)} of"
             f" {format_bytes(memory['device_budget'])}"
             f" (smallest {format_bytes(memory['smallest_device'], up=True)})"
         )

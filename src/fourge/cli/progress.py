@@ -38,9 +38,9 @@ class RunDisplay:
         self._console.print(text, soft_wrap=True, markup=False)
 
     def data(self, name: str, found: int, asked: int) -> None:
-        """Samples of a pass."""
-        line = f"data {name}: {found:,} of {asked:,} samples"
-        self._show(f"data {name}", line, found / asked)
+        """Samples of a pass; asked 0: as many as there are."""
+        line = f"data {name}: {found:,}{f' of {asked:,}' if asked else ''} samples"
+        self._show(f"data {name}", line, found / asked if asked else 0.0)
 
     def run(self, now: Snapshot) -> None:
         """One moment of the run."""
@@ -51,6 +51,8 @@ class RunDisplay:
             f"written {format_bytes(now.bytes_written)}",
             f"memory {format_bytes(now.resident)} of {format_bytes(now.budget)}",
         ]
+        if now.device:
+            parts.append(f"GPU {format_bytes(now.device)}")
         if now.remaining_s is not None:
             parts.append(f"{duration(now.remaining_s)} left")
         self._show(now.stage, ", ".join(parts), now.fraction)

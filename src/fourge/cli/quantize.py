@@ -72,10 +72,13 @@ def quantize(
     request = Request(source, out, chosen, device, dtype, memory, device_memory, work)
     with RunDisplay(console) as display:
         try:
-            record = run_request(request, on_data=display.data, on_progress=display.run)
+            outcome = run_request(request, on_data=display.data, on_progress=display.run)
         except KeyboardInterrupt:
             display.note("interrupted; run the same command to go on where it was")
             raise typer.Exit(130) from None
+    record = outcome.record
+    if outcome.was_finished:
+        say(f"{out} was already finished with this input; nothing was done")
     for warning in [*record["plan"]["warnings"], *record["data"]["warnings"]]:
         say(f"warning: {warning}")
     _show_summary(out, record)
@@ -86,14 +89,15 @@ def quantize(
 def _show_summary(out: Path, record: dict) -> None:
     plan, coverage, timing = record["plan"], record["coverage"], record["timing"]
     bad = sum(one["bad"]["records"] for one in record["data"]["passes"])
+    unusable = f"{bad:,} record{'s' if bad != 1 else ''} unusable"
     say(f"{out} is ready")
     say(
         f"  size      {format_bytes(plan['bytes_in'])} -> {format_bytes(plan['bytes_out'])}"
         f" in {plan['shards']} shards"
     )
     say(
-        f"  data      {record['data']['tokens']:,} tokens in {record['data']['sequences']:,}"
-        f" sequences, {bad:,} unusable records"
+        f"  data      recipe {plan['recipe']}, {record['data']['tokens']:,} tokens in"
+        f" {record['data']['sequences']:,} sequences, {unusable}"
     )
     say(
         f"  coverage  {coverage['min_tokens']:,} / {coverage['median_tokens']:,.0f} tokens per"
@@ -101,7 +105,8 @@ def _show_summary(out: Path, record: dict) -> None:
         " never seen"
     )
     say(
-        f"  time      {duration(timing['seconds'])} on {timing['device']}, peak memory"
+        f"  time      {duration(timing['seconds_of_last_process'])}"
+        f" ({duration(timing['seconds_of_layers'])} in layers) on {timing['device']}, peak memory"
         f" {format_bytes(timing['peak_resident_bytes'])} of"
         f" {format_bytes(timing['memory']['host_budget'])}"
     )

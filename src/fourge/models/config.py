@@ -9,10 +9,8 @@ of one file say different things about the same layer, those three disagree, so 
 transformers always interleaves for glm_moe_dsa. Imports no torch; knows nothing of quantization.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fourge.errors import ConfigError
@@ -155,27 +153,6 @@ class ModelConfig:
         if layer >= self.num_hidden_layers:
             return self.uses_dsa
         return self.uses_dsa and self.indexer_types[layer] == "full"
-
-
-def load(path: Path) -> ModelConfig:
-    """Read ``path``/config.json of a checkpoint folder. Raises ConfigError."""
-    file = path / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} has no config.json; a folder with a Hugging Face checkpoint is needed:"
-            " give the folder that holds config.json and the safetensors files."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read as JSON ({error}): download it again from the model's page."
-        ) from error
-    if not isinstance(raw, dict):
-        raise ConfigError(
-            f"{file} holds {type(raw).__name__}; a JSON object is needed: download it again."
-        )
-    return from_dict(raw)
 
 
 def from_dict(raw: Mapping[str, Any]) -> ModelConfig:

@@ -92,8 +92,6 @@ def _attention_weights(config: ModelConfig) -> int:
 
 
 def _moe(config: ModelConfig, load: Load, itemsize: int, cast: int) -> int:
-    if "sparse" not in config.mlp_types:
-        return 0
     shared = config.n_shared_experts * config.moe_intermediate_size
     # 64-bit numbers for sorting the tokens by expert, and the router's logits
     choices = load.batch_tokens * (config.num_experts_per_tok * 48)

@@ -27,7 +27,7 @@ from fourge.models.rope import RopeTable
 from fourge.quantize.methods import METHODS
 from fourge.quantize.methods.expert import Expert
 from fourge.quantize.plan import Group, LayerPlan, Plan
-from fourge.quantize.progress import Progress
+from fourge.quantize.progress import Progress, peak_resident
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -44,6 +44,7 @@ class Job:
     work: Path
     device: torch.device
     dtype: torch.dtype  # of the computation
+    began: float  # time.monotonic() when the process took the request up
 
     def statistics_path(self, layer: int) -> Path:
         return self.own / "statistics" / f"layer-{layer:05d}.safetensors"
@@ -84,9 +85,25 @@ def run_layer(
             _write_input_scales(job, plan.layer, statistics, writer)
             statistics.save(job.statistics_path(plan.layer))
         activations.commit()
-        write_json(job.timing_path(plan.layer), {"seconds": round(time.monotonic() - began, 3)})
+        write_json(job.timing_path(plan.layer), measure(time.monotonic() - began))
         writer.commit()
     remove_before(job.work, plan.layer + 1)
+
+
+def measure(seconds: float) -> dict:
+    """What a layer took, and the most that the process has held by now."""
+    return {
+        "seconds": round(seconds, 3),
+        "peak_resident_bytes": peak_resident(),
+        "peak_device_bytes": device_bytes(peak=True),
+    }
+
+
+def device_bytes(*, peak: bool = False) -> int:
+    """Bytes that torch holds, or has held at most, on the GPU; 0 where none is in use."""
+    if not torch.cuda.is_initialized():
+        return 0
+    return torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()
 
 
 def _empty_statistics(job: Job, plan: LayerPlan) -> LayerStatistics:
@@ -132,7 +149,7 @@ def _forward(
     if group.is_last:
         activations.write_output(batch, routed.acc_TD)
     else:
-        activations.hold(batch, routed)
+        activations.hold(batch, routed, is_first=group.is_first)
 
 
 def _write_unquantized(weights: Weights, writer: "LayerWriter") -> None:

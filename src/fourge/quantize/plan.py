@@ -120,7 +120,7 @@ def survey(folder: Path, *, mtp: str) -> Source:
     config_text, raw = read_config(folder)
     refuse_quantized(folder, raw)
     config = model_config.from_dict(raw)
-    _check_block_size(config)
+    _check_experts(config)
     checkpoint = read_checkpoint(folder)
     tensors = split_fused(checkpoint.tensors)
     check_tensors(tensors, config, mtp=mtp == "bf16")
@@ -129,11 +129,16 @@ def survey(folder: Path, *, mtp: str) -> Source:
     )
 
 
-def _check_block_size(config: model_config.ModelConfig) -> None:
-    """Blocks of 16 run along the input of gate/up (hidden) and of down (intermediate)."""
+def _check_experts(config: model_config.ModelConfig) -> None:
+    """There must be experts, and blocks of 16 along the input of gate/up and of down."""
+    if "sparse" not in config.mlp_types:
+        raise ConfigError(
+            "config.json describes only dense layers; fourge quantizes routed experts alone, so"
+            " there is nothing to do: give a Mixture-of-Experts checkpoint."
+        )
     for key in ("hidden_size", "moe_intermediate_size"):
         size = getattr(config, key)
-        if "sparse" in config.mlp_types and size % BLOCK_SIZE:
+        if size % BLOCK_SIZE:
             raise ConfigError(
                 f"{key} is {size}; NVFP4 needs a multiple of {BLOCK_SIZE}: this model's experts"
                 " cannot be NVFP4."
@@ -317,6 +322,7 @@ def describe(plan: Plan) -> dict:
         entry["bytes"] += info.nbytes
     return {
         "model_type": source.config.model_type,
+        "recipe": plan.recipe.name,
         "layers": source.config.num_hidden_layers,
         "mtp": plan.recipe.mtp if source.config.num_nextn_predict_layers else "none",
         "roles": {role: entry for role, entry in roles.items() if entry["tensors"]},
@@ -325,8 +331,18 @@ def describe(plan: Plan) -> dict:
         "shards": len(layout.shards),
         "tokens": plan.workload.tokens,
         "excluded": list(layout.excluded),
-        "warnings": list(source.config.warnings),
+        "warnings": [*source.config.warnings, *_length_warnings(plan)],
     }
+
+
+def _length_warnings(plan: Plan) -> list[str]:
+    longest, most = plan.workload.load.longest, plan.source.config.max_position_embeddings
+    if longest <= most:
+        return []
+    return [
+        f"sequences of up to {longest:,} tokens go beyond the model's max_position_embeddings,"
+        f" {most:,}: what it computes there is not what it was trained for; lower max_tokens"
+    ]
 
 
 def describe_resources(plan: Plan) -> dict:

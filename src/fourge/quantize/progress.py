@@ -17,10 +17,10 @@ class Snapshot:
     layers: int
     fraction: float  # of the work that was left at the start
     tokens: int
-    tokens_per_layer: int
     bytes_read: int
     bytes_written: int
     resident: int
+    device: int  # bytes held on the GPU; 0 on the CPU
     budget: int
     elapsed_s: float
     remaining_s: float | None  # None until there is something to extrapolate from
@@ -36,17 +36,17 @@ class Progress:
     """Advances a snapshot and passes it on."""
 
     def __init__(
-        self, *, layers: int, tokens_per_layer: int, budget: int, notify: OnProgress
+        self, *, layers: int, budget: int, device_bytes: Callable[[], int], notify: OnProgress
     ) -> None:
         self._notify = notify
+        self._device_bytes = device_bytes
         self._began = time.monotonic()
         self._work_began = self._began
         self._told = 0.0
         self._work = 1.0
         self._now = Snapshot(
-            stage="start", layers_done=0, layers=layers, fraction=0.0, tokens=0,
-            tokens_per_layer=tokens_per_layer, bytes_read=0, bytes_written=0, resident=0,
-            budget=budget, elapsed_s=0.0, remaining_s=None,
+            stage="start", layers_done=0, layers=layers, fraction=0.0, tokens=0, bytes_read=0,
+            bytes_written=0, resident=0, device=0, budget=budget, elapsed_s=0.0, remaining_s=None,
         )  # fmt: skip
 
     @property
@@ -87,6 +87,7 @@ class Progress:
         self._now = replace(
             self._now,
             resident=psutil.Process().memory_info().rss,
+            device=self._device_bytes(),
             elapsed_s=self.elapsed_s,
             remaining_s=spent * (1 - fraction) / fraction if fraction > 0 else None,
         )

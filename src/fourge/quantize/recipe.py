@@ -20,6 +20,7 @@ METHODS: Final = ("max",)
 MTP_CHOICES: Final = ("bf16", "drop")
 DEFAULT_BATCH_TOKENS: Final = 8192
 DEFAULT_MAX_BAD_SHARE: Final = 0.1
+MOST_SAMPLES: Final = 8192  # of a pass that names no number
 
 RECIPES_FOLDER: Final = Path(__file__).resolve().parent.parent / "recipes"
 RECIPE_KEYS: Final = ("method", "mtp", "batch_tokens", "max_bad_share", "pass")
@@ -112,15 +113,22 @@ def with_overrides(
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON-able data, the same on every machine: files by their names alone.
+    """The recipe as JSON-able data, as far as it decides what a run makes.
 
-    What is in the files is for ``calibrate.sources.identify_data`` to say.
+    Neither names nor places of files are in it, nor the recipe's own: what data there is is for
+    ``calibrate.sources.identify_data`` to say.
     """
-    passes = [
-        asdict(spec) | {"data": [_without_folder(item) for item in spec.data]}
-        for spec in recipe.passes
-    ]
-    return asdict(recipe) | {"passes": passes}
+    passes = []
+    for spec in recipe.passes:
+        entry = asdict(spec)
+        del entry["data"], entry["open_ended"]
+        passes.append(entry)
+    return {
+        "method": recipe.method,
+        "mtp": recipe.mtp,
+        "batch_tokens": recipe.batch_tokens,
+        "passes": passes,
+    }
 
 
 def _data_by_pass(recipe: Recipe, data: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -139,11 +147,6 @@ def _data_by_pass(recipe: Recipe, data: Sequence[str]) -> dict[str, tuple[str, .
             for paths in given.values():
                 paths.append(item)
     return {name: tuple(paths) for name, paths in given.items()}
-
-
-def _without_folder(item: str) -> str:
-    path = Path(item).expanduser()
-    return path.name if path.is_absolute() or path.exists() else item
 
 
 # ---- from TOML to a Recipe
@@ -182,9 +185,8 @@ def _parse_pass(raw: Mapping[str, Any], path: Path) -> PassSpec:
         )
     place = f"pass {name} of {path}"
     _refuse_unknown(raw, PASS_KEYS, place)
-    for key in ("samples", "max_tokens"):
-        if key not in raw:
-            raise RecipeError(f"{place} has no {key}: add a line {key} = NUMBER.")
+    if "max_tokens" not in raw:
+        raise RecipeError(f"{place} has no max_tokens: add a line max_tokens = NUMBER.")
     data = raw.get("data", [])
     if not isinstance(data, list) or not all(isinstance(item, str) and item for item in data):
         raise RecipeError(
@@ -199,10 +201,11 @@ def _parse_pass(raw: Mapping[str, Any], path: Path) -> PassSpec:
     return PassSpec(
         name=name,
         data=tuple(_resolve(item, path.parent) for item in data),
-        samples=_whole("samples", raw["samples"], place),
+        samples=_whole("samples", raw.get("samples", MOST_SAMPLES), place),
         min_tokens=min_tokens,
         max_tokens=max_tokens,
         seed=_whole("seed", raw.get("seed", 0), place, least=0),
+        open_ended="samples" not in raw,
     )
 
 

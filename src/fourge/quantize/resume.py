@@ -1,7 +1,8 @@
 """What a run leaves on disk so that the next one goes on from it, and refuses to if it should.
 
 The state is the files themselves: a shard with its final name is whole, and was renamed only after
-the activations behind it were. ``fourge/fingerprint.json`` says which input they belong to.
+the activations behind it were. ``fourge/fingerprint.json`` says which input they belong to
+and where its activations are.
 """
 
 import fcntl
@@ -24,10 +25,11 @@ RUN_NAME = "run.json"
 FINGERPRINT_NAME = "fingerprint.json"
 
 
-def fingerprint(source: Source, recipe: Mapping, data: Mapping, dtype: str) -> dict:
+def fingerprint(source: Source, recipe: Mapping, data: Mapping, arithmetic: str) -> dict:
     """Everything that the output's bytes depend on.
 
-    ``data`` identifies the files of each pass, ``dtype`` is that of the computation.
+    ``data`` identifies the files of each pass; ``arithmetic`` is device and dtype, which decide
+    roundings and so, a little, what is routed where.
     """
     return {
         "fourge": __version__,
@@ -36,7 +38,7 @@ def fingerprint(source: Source, recipe: Mapping, data: Mapping, dtype: str) -> d
         "other source files": file_digests(source),
         "recipe": recipe,
         "data": data,
-        "compute dtype": dtype,
+        "arithmetic": arithmetic,
     }
 
 
@@ -62,11 +64,24 @@ def _short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def check_target(out: Path, source: Path) -> None:
-    """Refuse a target that is the source, lies in it, or holds what fourge did not make."""
-    resolved, original = out.resolve(), source.resolve()
-    if resolved == original or original in resolved.parents or resolved in original.parents:
-        raise OutputError(f"the output folder {out} overlaps the source {source}: choose another.")
+def check_places(source: Path, out: Path, work: Path | None) -> None:
+    """Refuse folders that lie in one another: what a run writes would become its input."""
+    _refuse_within("output folder", out, "source", source)
+    _refuse_within("source", source, "output folder", out)
+    if work is not None:
+        _refuse_within("work folder", work, "source", source)
+        _refuse_within("work folder", work, "output folder", out)
+
+
+def _refuse_within(what: str, inner: Path, what_outer: str, outer: Path) -> None:
+    if inner.resolve() == outer.resolve() or outer.resolve() in inner.resolve().parents:
+        raise OutputError(
+            f"the {what} {inner} overlaps the {what_outer} {outer}: choose another place for it."
+        )
+
+
+def check_target(out: Path) -> None:
+    """Refuse a target that holds what fourge did not make."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; needed is a folder, new or empty.")
     if not out.exists() or any(_is_own(out, name) for name in (FINGERPRINT_NAME, RUN_NAME)):
@@ -104,15 +119,16 @@ def finished_run(out: Path) -> dict | None:
     return record if record is not None and record.get("finished") else None
 
 
-def check_fingerprint(out: Path, mine: dict) -> None:
-    """OutputError if ``out`` belongs to a run, finished or not, with other input."""
+def check_input(out: Path, mine: dict, chosen_work: Path | None) -> None:
+    """OutputError if ``out`` belongs to a run with other input, or one that worked elsewhere."""
     finished = finished_run(out)
+    started = _read_record(out / OWN_FOLDER / FINGERPRINT_NAME)
     if finished is not None:
         theirs = finished.get("fingerprint")
+    elif started is not None:
+        theirs = started.get("input")
     else:
-        theirs = _read_record(out / OWN_FOLDER / FINGERPRINT_NAME)
-        if theirs is None:
-            return
+        return
     changed = differences(mine, theirs)
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -120,13 +136,23 @@ def check_fingerprint(out: Path, mine: dict) -> None:
             f"{out} belongs to a run with other input: {'; '.join(changed[:3])}{more}. Give the"
             " same input to go on, or another output folder to start anew."
         )
+    if finished is None and started is not None and started.get("work") != _place(chosen_work):
+        option = f"--work {started['work']}" if started.get("work") else "no --work"
+        raise OutputError(
+            f"the interrupted run in {out} keeps its activations elsewhere: give {option} to go on."
+        )
 
 
-def store_fingerprint(out: Path, mine: dict) -> None:
-    """From now on ``out`` belongs to this input."""
+def store_input(out: Path, mine: dict, chosen_work: Path | None) -> None:
+    """From now on ``out`` belongs to this input, and works in this place."""
+    record = {"fourge": __version__, "work": _place(chosen_work), "input": mine}
     path = out / OWN_FOLDER / FINGERPRINT_NAME
-    if _read_record(path) != mine:
-        write_json(path, mine)
+    if _read_record(path) != record:
+        write_json(path, record)
+
+
+def _place(chosen_work: Path | None) -> str | None:
+    return None if chosen_work is None else str(chosen_work.resolve())
 
 
 def work_folder(out: Path, chosen: Path | None, mine: dict) -> Path:

@@ -8,6 +8,7 @@ Memory: what plan.memory says; budget.py has the sum.
 
 import json
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,10 +32,10 @@ from fourge.checkpoint.source import FileReader, TensorStream, check_finite, rea
 from fourge.checkpoint.writer import PARTIAL_SUFFIX, ShardPlan, is_written, write_index, write_json
 from fourge.errors import OutputError
 from fourge.models import layer as model
-from fourge.quantize.budget import COPY_BUFFER_BYTES
-from fourge.quantize.layer import Job, LayerWriter, run_layer
+from fourge.quantize.budget import COPY_BUFFER_BYTES, STAGING_BYTES
+from fourge.quantize.layer import Job, LayerWriter, device_bytes, measure, run_layer
 from fourge.quantize.plan import CopyPlan, describe, describe_resources, disk_bytes
-from fourge.quantize.progress import OnProgress, Progress, peak_resident
+from fourge.quantize.progress import OnProgress, Progress
 from fourge.quantize.resume import RUN_NAME, check_space, remove_partial, remove_work
 
 
@@ -51,8 +52,8 @@ def quantize(job: Job, on_progress: OnProgress) -> dict:
     _check_space(job)
     progress = Progress(
         layers=len(layers),
-        tokens_per_layer=job.plan.workload.tokens,
         budget=job.plan.memory.host_budget,
+        device_bytes=device_bytes,
         notify=on_progress,
     )
     lengths, pass_of = job.corpus.lengths.tolist(), job.corpus.pass_of.tolist()
@@ -68,7 +69,7 @@ def quantize(job: Job, on_progress: OnProgress) -> dict:
                 progress.stage(copy.title, layers_done=len(layers))
                 _copy(job, files, copy, progress)
     progress.stage("closing", layers_done=len(layers))
-    return _finish(job, progress)
+    return _finish(job)
 
 
 def _written_files(job: Job) -> Iterator[Path]:
@@ -95,6 +96,8 @@ def _work_left(job: Job) -> int:
 
 def _check_space(job: Job) -> None:
     output, work = disk_bytes(job.plan)
+    if all(_is_done(job, layer.shards) for layer in job.plan.layout.layers):
+        work = 0
     shards = job.plan.layout.shards
     written = sum(shard.nbytes for shard in shards if is_written(job.out, shard))
     kept = sum(path.stat().st_blocks * 512 for path in job.work.glob("*.bin"))
@@ -113,7 +116,9 @@ def _run_layers(job: Job, batches: list[Batch], progress: Progress) -> None:
         )
     rope = model.rope_table(job.plan.source.config, int(job.corpus.lengths.max()), job.device)
     groups = [group.tensors for layer in remaining for group in layer.groups]
-    stream = iter(TensorStream(job.plan.source.folder, groups, device=job.device))
+    stream = iter(
+        TensorStream(job.plan.source.folder, groups, device=job.device, staging_bytes=STAGING_BYTES)
+    )
     for layer in remaining:
         progress.stage(f"layer {layer.layer}", layers_done=layer.layer)
         run_layer(job, layer, stream, batches, rope, progress)
@@ -163,7 +168,7 @@ def _copy_pieces(
             yield first, rows
 
 
-def _finish(job: Job, progress: Progress) -> dict:
+def _finish(job: Job) -> dict:
     """Everything that is not a shard, config.json and run.json last; then the work is removed."""
     source, layout = job.plan.source, job.plan.layout
     write_index(job.out, layout.shards)
@@ -171,7 +176,7 @@ def _finish(job: Job, progress: Progress) -> dict:
     copy_files(source.folder, job.out, source.other_files)
     coverage = _write_coverage(job)
     write_metadata(job.out, layout.config_text, list(layout.excluded))
-    record = _record(job, progress, coverage)
+    record = _record(job, coverage)
     write_json(job.own / RUN_NAME, record)
     remove_work(job.out, job.work)
     return record
@@ -202,7 +207,7 @@ def _write_coverage(job: Job) -> Coverage:
     return coverage
 
 
-def _record(job: Job, progress: Progress, coverage: Coverage) -> dict:
+def _record(job: Job, coverage: Coverage) -> dict:
     """``fourge/run.json``. Everything that differs between two runs of one input is in "timing"."""
     plan = job.plan
     return {
@@ -223,20 +228,26 @@ def _record(job: Job, progress: Progress, coverage: Coverage) -> dict:
             "numpy": np.__version__,
             "numba": numba.__version__,
         },
-        "timing": {
-            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "device": str(job.device),
-            "dtype": str(job.dtype).removeprefix("torch."),
-            **describe_resources(plan),
-            "machine": platform.machine(),
-            "seconds": round(progress.elapsed_s, 3),
-            "peak_resident_bytes": peak_resident(),
-            "peak_device_bytes": (
-                torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else 0
-            ),
-            "layers": [
-                {"layer": layer.layer, **json.loads(job.timing_path(layer.layer).read_bytes())}
-                for layer in plan.layout.layers
-            ],
-        },
+        "timing": _timing(job),
+    }
+
+
+def _timing(job: Job) -> dict:
+    """Sums and peaks over all processes that took part, as far as their work was kept."""
+    layers = [
+        {"layer": layer.layer, **json.loads(job.timing_path(layer.layer).read_bytes())}
+        for layer in job.plan.layout.layers
+    ]
+    now = measure(time.monotonic() - job.began)
+    return {
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": str(job.device),
+        "dtype": str(job.dtype).removeprefix("torch."),
+        "machine": platform.machine(),
+        "seconds_of_layers": round(sum(layer["seconds"] for layer in layers), 3),
+        "seconds_of_last_process": now["seconds"],
+        "peak_resident_bytes": max(one["peak_resident_bytes"] for one in [*layers, now]),
+        "peak_device_bytes": max(one["peak_device_bytes"] for one in [*layers, now]),
+        **describe_resources(job.plan),
+        "layers": layers,
     }

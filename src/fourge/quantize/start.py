@@ -1,21 +1,25 @@
-"""From a request to a finished checkpoint: validate, gather tokens, plan, lock, run.
+"""From a request to a finished checkpoint: validate, lock, gather tokens, plan, run.
 
-Everything that can be known to fail is made to fail before the first long step, cheapest first:
-recipe and headers, then data, then budgets, then the run. Heavy imports are at home here; the
-torch-free part of planning is plan.py.
+What can be known to fail fails early, cheapest first: places, headers, whose folder it is, then
+the data; the smallest budget depends on the tokens, so it is known after them, and they are kept.
+Heavy imports are at home here; the torch-free part of planning is plan.py.
 """
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
 
 from fourge.calibrate.activations import make_batches
-from fourge.calibrate.corpus import RECORD_FILE, Corpus, build_corpus
+from fourge.calibrate.corpus import Corpus, build_corpus
 from fourge.calibrate.sources import identify_data
 from fourge.checkpoint.header import read_checkpoint
+from fourge.checkpoint.writer import write_json
 from fourge.errors import BudgetError, CheckpointError, OutputError
 from fourge.formats import kernels
 from fourge.formats.nvfp4 import weight_scale_2
@@ -27,14 +31,15 @@ from fourge.quantize.progress import OnProgress, peak_resident
 from fourge.quantize.recipe import Recipe, to_dict
 from fourge.quantize.resume import (
     OWN_FOLDER,
-    check_fingerprint,
+    check_input,
+    check_places,
     check_target,
     fingerprint,
     finished_run,
     locked,
     own_folders,
     remove_work,
-    store_fingerprint,
+    store_input,
     work_folder,
 )
 from fourge.quantize.run import quantize
@@ -63,36 +68,61 @@ class Request:
     work: Path | None = None
 
 
-def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -> dict:
-    """Do all of it and return the record of the run (``fourge/run.json``).
+class Outcome(NamedTuple):
+    """The record of the run (``fourge/run.json``), and whether there was nothing left to do."""
 
-    A finished output with the same input is left alone and its record returned. Raises FourgeError.
+    record: dict
+    was_finished: bool
+
+
+def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -> Outcome:
+    """Do all of it, or what is left of it.
+
+    A finished output with the same input is left alone. Raises FourgeError.
     """
+    began = time.monotonic()
+    check_places(request.source, request.out, request.work)
+    check_target(request.out)
     source = survey(request.source, mtp=request.recipe.mtp)
-    check_target(request.out, request.source)
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     data = {spec.name: identify_data(spec.data) for spec in request.recipe.passes}
-    identity = fingerprint(source, to_dict(request.recipe), data, str(dtype))
-    work = work_folder(request.out, request.work, identity)
-    check_fingerprint(request.out, identity)
-    done = finished_run(request.out)
-    if done is not None:
-        return _check_finished(request.out, work, done)
-    own = request.out / OWN_FOLDER
+    arithmetic = f"{device.type} {str(dtype).removeprefix('torch.')}"
+    mine = fingerprint(source, to_dict(request.recipe), data, arithmetic)
+    check_input(request.out, mine, request.work)
+    own, work = request.out / OWN_FOLDER, work_folder(request.out, request.work, mine)
+    if (done := _finished(request.out, work)) is not None:
+        return done
     with own_folders(own, work), locked(own), locked(work):
-        check_fingerprint(request.out, identity)  # again: another process may have been quicker
-        corpus = _corpus(source, request.recipe, work, on_data)
+        # Again, now that nobody else can be at it: another process may have been quicker.
+        check_input(request.out, mine, request.work)
+        if (done := _finished(request.out, work)) is not None:
+            return done
+        corpus = _corpus(source, request.recipe, work, mine, on_data)
         workload = measure_workload(corpus, request.recipe)
         plan = make_plan(source, request.recipe, workload, _budget(request, device, dtype))
-        store_fingerprint(request.out, identity)
-        corpus.save(work)
-        job = Job(plan, corpus, identity, request.out, own, work, device, dtype)
+        store_input(request.out, mine, request.work)
+        job = Job(plan, corpus, mine, request.out, own, work, device, dtype, began)
+        return Outcome(_run(job, on_progress), was_finished=False)
+
+
+def _run(job: Job, on_progress: OnProgress) -> dict:
+    try:
         return quantize(job, on_progress)
+    except torch.OutOfMemoryError as error:
+        raise BudgetError(
+            f"the GPU ran out of memory ({str(error).splitlines()[0]}); finished layers are kept:"
+            " run the same command with a smaller --device-memory, or free the GPU of others."
+        ) from error
 
 
-def _check_finished(out: Path, work: Path, record: dict) -> dict:
-    """A finished output needs nothing more, if it is still whole."""
+def _finished(out: Path, work: Path) -> Outcome | None:
+    """What there is to say of a finished output, if it is whole; what a kill at its end may have
+    left is removed.
+    """
+    record = finished_run(out)
+    if record is None:
+        return None
     try:
         read_checkpoint(out)
     except CheckpointError as error:
@@ -101,7 +131,7 @@ def _check_finished(out: Path, work: Path, record: dict) -> dict:
             " and run the same command again."
         ) from None
     remove_work(out, work)
-    return record
+    return Outcome(record, was_finished=True)
 
 
 def choose_device(name: str) -> torch.device:
@@ -134,20 +164,22 @@ def measure_workload(corpus: Corpus, recipe: Recipe) -> Workload:
     return Workload(sum(lengths), len(corpus.passes), load, default_workers())
 
 
-def _corpus(source: Source, recipe: Recipe, work: Path, on_data: OnData) -> Corpus:
-    """The tokens that an interrupted run kept, else new ones.
-
-    The fingerprint has already told that recipe and data are the same.
-    """
-    if (work / RECORD_FILE).exists():
+def _corpus(source: Source, recipe: Recipe, work: Path, mine: dict, on_data: OnData) -> Corpus:
+    """The tokens that an earlier run kept for the same input, else new ones, kept from now on."""
+    kept_for = work / "input.json"
+    if kept_for.exists() and json.loads(kept_for.read_bytes()) == mine:
         return Corpus.load(work)
-    return build_corpus(
+    corpus = build_corpus(
         recipe.passes,
         checkpoint=source.folder,
         vocab_size=source.config.vocab_size,
         max_bad_share=recipe.max_bad_share,
         on_progress=on_data,
     )
+    kept_for.unlink(missing_ok=True)
+    corpus.save(work)
+    write_json(kept_for, mine)
+    return corpus
 
 
 def _budget(request: Request, device: torch.device, dtype: torch.dtype) -> Budget:
@@ -158,9 +190,11 @@ def _budget(request: Request, device: torch.device, dtype: torch.dtype) -> Budge
     held = {"base": resident, "peak": peak_resident(), "itemsize": dtype.itemsize}
     if device.type == "cpu":
         return Budget(host, **held)
-    free, _ = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(device)
     limit = request.device_memory or request.memory or free
     limit = min(limit, int(free * DEVICE_SHARE))
+    # Beyond the plan's estimate torch gives cached blocks back, and at this bound it refuses.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
     return Budget(host, device=limit, **held)
 
 

@@ -23,6 +23,9 @@ TYPICAL_BASE_BYTES = 448 << 20
 TYPICAL_GPU_BASE_BYTES = 1536 << 20
 # Unchanged tensors are copied through a buffer of this size, or of one row if that is longer.
 COPY_BUFFER_BYTES = 32 << 20
+# What torch holds on a GPU besides tensors: cuBLAS workspaces (32 MiB on Hopper) and the rest of
+# segments of 2 and 20 MiB.
+DEVICE_BASE_BYTES = 160 << 20
 # Weights reach a GPU through a pinned buffer of this size.
 STAGING_BYTES = 64 << 20
 # What a process holds differs a little from run to run; the smallest budget that is named must
@@ -96,7 +99,7 @@ def fit(pieces: Pieces, config: ModelConfig, workload: Workload, budget: Budget)
     at_start = max(budget.peak, budget.base + buffers + _embedding(config, workload))
     compute = compute_bytes(config, workload.load, itemsize=budget.itemsize)
     if budget.on_device:
-        compute += statistics
+        compute += statistics + DEVICE_BASE_BYTES
         group = min(pieces.layer, (budget.device - compute) // 2)
         rows = 3 * workload.load.batch_tokens * config.hidden_size * 4
         host = budget.base + buffers + rows + STAGING_BYTES + 2 * pieces.tensor

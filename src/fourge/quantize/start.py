@@ -194,7 +194,7 @@ def _budget(request: Request, device: torch.device, dtype: torch.dtype) -> Budge
     limit = request.device_memory or request.memory or free
     limit = min(limit, int(free * DEVICE_SHARE))
     # Beyond the plan's estimate torch gives cached blocks back, and at this bound it refuses.
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     return Budget(host, device=limit, **held)
 
 

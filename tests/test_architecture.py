@@ -36,6 +36,7 @@ TORCH_FREE = [
     "fourge.quantize.budget",
     "fourge.quantize.plan",
     "fourge.quantize.recipe",
+    "fourge.quantize.survey",
     "fourge.cli.main",
 ]
 

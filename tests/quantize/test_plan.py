@@ -12,8 +12,9 @@ from fourge.errors import BudgetError, CheckpointError, ConfigError
 from fourge.models.footprint import Load
 from fourge.quantize import plan as planning
 from fourge.quantize.budget import Budget, Workload, format_bytes
-from fourge.quantize.plan import Plan, Source, describe, make_plan, survey, upper_workload
+from fourge.quantize.plan import Plan, describe, make_plan, upper_workload
 from fourge.quantize.recipe import load_recipe
+from fourge.quantize.survey import Source, survey
 from hollow_checkpoint import GLM_5_1, write_hollow_checkpoint
 from random_checkpoint import published_config, write_checkpoint
 

@@ -19,8 +19,9 @@ from fourge.quantize.budget import (
     default_workers,
     format_bytes,
 )
-from fourge.quantize.plan import describe, describe_resources, make_plan, survey, upper_workload
+from fourge.quantize.plan import describe, describe_resources, make_plan, upper_workload
 from fourge.quantize.recipe import load_recipe
+from fourge.quantize.survey import survey
 
 # The passes of a full calibration; its bounds are what a large model has to be planned for.
 DEFAULT_RECIPE = "glm-5.1"

@@ -1,30 +1,24 @@
 """What a run will do, from headers alone: every output byte, every group of weights, every limit.
 
-``survey`` validates a source; ``make_plan`` lays out shards, cuts layers into groups of experts
-that fit the memory budget, and adds up memory and disk. A budget that cannot work is refused here,
-with the smallest one that can. Imports no torch: ``fourge plan`` answers at once.
+``make_plan`` lays out shards, cuts layers into groups of experts that fit the memory budget, and
+adds up memory and disk. A budget that cannot work is refused (budget.py), with the smallest one
+that can. Imports no torch: ``fourge plan`` answers at once.
 """
 
-import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from fourge.checkpoint.header import TensorInfo, aligned_bytes, read_checkpoint
+from fourge.checkpoint.header import TensorInfo, aligned_bytes
 from fourge.checkpoint.metadata import (
     exclude_list,
-    other_files,
     quantized_config_text,
-    read_config,
-    refuse_quantized,
 )
-from fourge.checkpoint.names import PROJECTIONS, Role, expert_name, parse, split_fused
+from fourge.checkpoint.names import PROJECTIONS, Role, expert_name, parse
 from fourge.checkpoint.writer import OutTensor, ShardPlan, plan_shard
-from fourge.errors import CheckpointError, ConfigError
-from fourge.formats.layout import BLOCK_SIZE, packed_shape, scale_shape
-from fourge.models import config as model_config
+from fourge.formats.layout import packed_shape, scale_shape
+from fourge.models.config import ModelConfig
 from fourge.models.footprint import Load
-from fourge.models.tensors import check_tensors, projection_shape
+from fourge.models.tensors import projection_shape
 from fourge.quantize.budget import (
     Budget,
     MemoryPlan,
@@ -34,21 +28,10 @@ from fourge.quantize.budget import (
     statistics_bytes,
 )
 from fourge.quantize.recipe import Recipe
+from fourge.quantize.survey import Source
 
 # A layer whose tensors exceed this is written as several shards (the BF16 MTP layer, mostly).
 MAX_SHARD_BYTES = 10 << 30
-
-
-@dataclass(frozen=True)
-class Source:
-    """A validated BF16 checkpoint; fused experts appear as the per-expert tensors inside them."""
-
-    folder: Path
-    config: model_config.ModelConfig
-    config_text: str
-    tensors: dict[str, TensorInfo]
-    shards: dict[str, int]
-    other_files: tuple[Path, ...]
 
 
 @dataclass(frozen=True)
@@ -107,42 +90,6 @@ class Plan:
     workload: Workload
     layout: Layout
     memory: MemoryPlan
-
-
-def survey(folder: Path, *, mtp: str) -> Source:
-    """Read the headers of a source and check that it is a complete BF16 model of a known family.
-
-    Raises CheckpointError or ConfigError with what was found, needed, and what to do.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder of a BF16 checkpoint.")
-    config_text, raw = read_config(folder)
-    refuse_quantized(folder, raw)
-    config = model_config.from_dict(raw)
-    _check_experts(config)
-    checkpoint = read_checkpoint(folder)
-    tensors = split_fused(checkpoint.tensors)
-    check_tensors(tensors, config, mtp=mtp == "bf16")
-    return Source(
-        folder, config, config_text, tensors, checkpoint.shards, tuple(other_files(folder))
-    )
-
-
-def _check_experts(config: model_config.ModelConfig) -> None:
-    """There must be experts, and blocks of 16 along the input of gate/up and of down."""
-    if "sparse" not in config.mlp_types:
-        raise ConfigError(
-            "config.json describes only dense layers; fourge quantizes routed experts alone, so"
-            " there is nothing to do: give a Mixture-of-Experts checkpoint."
-        )
-    for key in ("hidden_size", "moe_intermediate_size"):
-        size = getattr(config, key)
-        if size % BLOCK_SIZE:
-            raise ConfigError(
-                f"{key} is {size}; NVFP4 needs a multiple of {BLOCK_SIZE}: this model's experts"
-                " cannot be NVFP4."
-            )
 
 
 def make_plan(source: Source, recipe: Recipe, workload: Workload, budget: Budget) -> Plan:
@@ -206,7 +153,7 @@ def _copied(tensors: Iterable[TensorInfo]) -> list[OutTensor]:
     return [OutTensor(info.name, info.dtype, info.shape) for info in tensors]
 
 
-def _quantized(config: model_config.ModelConfig, tensors: list[TensorInfo]) -> list[OutTensor]:
+def _quantized(config: ModelConfig, tensors: list[TensorInfo]) -> list[OutTensor]:
     result: list[OutTensor] = []
     for info in tensors:
         parsed = parse(info.name)
@@ -246,7 +193,7 @@ def _split_at_limit(tensors: list[OutTensor]) -> list[list[OutTensor]]:
 
 
 def _cut(
-    config: model_config.ModelConfig, layer: int, tensors: list[TensorInfo], capacity: int
+    config: ModelConfig, layer: int, tensors: list[TensorInfo], capacity: int
 ) -> tuple[Group, ...]:
     """Cut a layer into groups of at most ``capacity`` bytes: the rest first, then whole experts."""
     rest, experts = _split_experts(layer, tensors, config)
@@ -265,7 +212,7 @@ def _cut(
 
 
 def _split_experts(
-    layer: int, tensors: list[TensorInfo], config: model_config.ModelConfig
+    layer: int, tensors: list[TensorInfo], config: ModelConfig
 ) -> tuple[list[TensorInfo], list[list[TensorInfo]]]:
     """A layer's other tensors, and the three projections of each routed expert."""
     rest = [info for info in tensors if parse(info.name).role != Role.ROUTED_EXPERT]
@@ -353,28 +300,3 @@ def describe_resources(plan: Plan) -> dict:
         "groups_per_layer": max(len(layer.groups) for layer in plan.layout.layers),
         "disk": {"output": output, "work": work},
     }
-
-
-def header_digest(source: Source) -> dict[str, str]:
-    """Shard name -> sha256 over its size and header: what a resumed run compares."""
-    digests = {}
-    for file, size in source.shards.items():
-        with (source.folder / file).open("rb") as stream:
-            length = stream.read(8)
-            header = stream.read(int.from_bytes(length, "little"))
-        digests[file] = hashlib.sha256(f"{size}:".encode() + length + header).hexdigest()
-    return digests
-
-
-def config_digest(source: Source) -> str:
-    """sha256 of the source's config.json."""
-    return hashlib.sha256(source.config_text.encode()).hexdigest()
-
-
-def file_digests(source: Source) -> dict[str, str]:
-    """Relative path -> sha256 of the files that are copied (tokenizer, template, ...)."""
-    digests = {}
-    for path in source.other_files:
-        with (source.folder / path).open("rb") as stream:
-            digests[path.as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return digests

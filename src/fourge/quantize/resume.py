@@ -18,7 +18,7 @@ from fourge import __version__
 from fourge.checkpoint.writer import PARTIAL_SUFFIX, write_json, writing
 from fourge.errors import BudgetError, OutputError
 from fourge.quantize.budget import format_bytes
-from fourge.quantize.plan import Source, config_digest, file_digests, header_digest
+from fourge.quantize.survey import Source, config_digest, file_digests, header_digest
 
 OWN_FOLDER = "fourge"
 RUN_NAME = "run.json"

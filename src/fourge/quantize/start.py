@@ -26,7 +26,7 @@ from fourge.formats.nvfp4 import weight_scale_2
 from fourge.models.footprint import Load
 from fourge.quantize.budget import Budget, Workload, default_host_budget, default_workers
 from fourge.quantize.layer import Job
-from fourge.quantize.plan import Source, make_plan, survey
+from fourge.quantize.plan import make_plan
 from fourge.quantize.progress import OnProgress, peak_resident
 from fourge.quantize.recipe import Recipe, to_dict
 from fourge.quantize.resume import (
@@ -43,6 +43,7 @@ from fourge.quantize.resume import (
     work_folder,
 )
 from fourge.quantize.run import quantize
+from fourge.quantize.survey import Source, survey
 
 # Resident memory that threads, stacks and the allocator add once the run is under way.
 SETTLING_BYTES = 64 << 20

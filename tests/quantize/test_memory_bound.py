@@ -56,9 +56,9 @@ def checkpoint_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def smallest_memory(source: Path, data: Path, out: Path) -> int:
+def smallest_memory(source: Path, options: tuple[object, ...], out: Path) -> int:
     """What a run that was given too little says that it needs, in bytes."""
-    result = run_watched("quantize", source, out, "--data", data, "--memory", "100MiB")
+    result = run_watched("quantize", source, out, *options, "--memory", "100MiB")
     assert result.status == 2, result.stderr
     units = {"MiB": MIB, "GiB": 1024 * MIB}
     sizes = re.findall(r"([\d.]+) ?(MiB|GiB)", result.stderr)
@@ -97,18 +97,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_input_ids(path, sequences=8, length=256, vocab=24576)
 
 
-@pytest.mark.parametrize("spare", [10, 300])
+@pytest.mark.parametrize(("dtype", "spare"), [("auto", 10), ("float32", 10), ("auto", 150)])
 def test_the_peak_stays_under_the_budget_whatever_the_checkpoint_weighs(
-    spare: int, large: Path, data: Path, roomy: Path
+    dtype: str, spare: int, large: Path, data: Path, roomy: Path
 ) -> None:
-    """The smallest budget, nearly, and one for some 30 experts more; both far below the weights."""
-    smallest = smallest_memory(large, data, roomy / "refused")
+    """The smallest budget, nearly, and one for some 15 experts more; both far below the weights."""
+    options = ("--data", data, "--dtype", dtype)
+    smallest = smallest_memory(large, options, roomy / "refused")
     budget = smallest + spare * MIB
     assert budget < 0.85 * checkpoint_bytes(large)
 
-    out = roomy / f"out {spare}"
+    out = roomy / f"out {dtype} {spare}"
 
-    result = run_watched("quantize", large, out, "--data", data, "--memory", budget)
+    result = run_watched("quantize", large, out, *options, "--memory", budget)
 
     assert result.status == 0, result.stderr
     assert result.peak > 100 * MIB, "not watched"

@@ -24,7 +24,13 @@ from fourge.errors import BudgetError, CheckpointError, OutputError
 from fourge.formats import kernels
 from fourge.formats.nvfp4 import weight_scale_2
 from fourge.models.footprint import Load
-from fourge.quantize.budget import Budget, Workload, default_host_budget, default_workers
+from fourge.quantize.budget import (
+    TYPICAL_GPU_BASE_BYTES,
+    Budget,
+    Workload,
+    default_host_budget,
+    default_workers,
+)
 from fourge.quantize.layer import Job
 from fourge.quantize.plan import make_plan
 from fourge.quantize.progress import OnProgress, peak_resident
@@ -185,22 +191,24 @@ def _corpus(source: Source, recipe: Recipe, work: Path, mine: dict, on_data: OnD
 
 def _budget(request: Request, device: torch.device, dtype: torch.dtype) -> Budget:
     """Limits, and what the process holds by now, kernels compiled."""
-    _warm_up(device)
+    _warm_up(device, dtype)
     host = request.memory or default_host_budget()
     resident = psutil.Process().memory_info().rss + SETTLING_BYTES
-    held = {"base": resident, "peak": peak_resident(), "itemsize": dtype.itemsize}
+    held = {"peak": peak_resident(), "itemsize": dtype.itemsize}
     if device.type == "cpu":
-        return Budget(host, **held)
+        return Budget(host, base=resident, **held)
     free, total = torch.cuda.mem_get_info(device)
     limit = request.device_memory or request.memory or free
     limit = min(limit, int(free * DEVICE_SHARE))
     # Beyond the plan's estimate torch gives cached blocks back, and at this bound it refuses.
     torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-    return Budget(host, device=limit, **held)
+    # CUDA libraries are loaded as the first layer needs them, so what is held now says too little.
+    return Budget(host, base=max(resident, TYPICAL_GPU_BASE_BYTES), device=limit, **held)
 
 
-def _warm_up(device: torch.device) -> None:
+def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Compile kernels and start thread pools, so that their memory is counted."""
     weights = torch.ones(16, 64, dtype=torch.bfloat16, device=device)
     kernels.quantize(weights, weight_scale_2(kernels.amax(weights)))
-    torch.mm(torch.ones(256, 256, device=device), torch.ones(256, 256, device=device))
+    square = torch.ones(256, 256, dtype=dtype, device=device)
+    torch.mm(square, square)

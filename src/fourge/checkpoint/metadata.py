@@ -105,7 +105,7 @@ def refuse_quantized(folder: Path, raw: dict) -> None:
         return
     raise CheckpointError(
         f"the source is already quantized: {where}. Quantizing twice loses accuracy; start from the"
-        " BF16 checkpoint."
+        " BF16 checkpoint. (If its weights are BF16 already, take that away from the metadata.)"
     )
 
 

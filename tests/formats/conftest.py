@@ -81,3 +81,10 @@ def every_finite_weight() -> Tensor:
     bits = torch.arange(-(2**15), 2**15).to(torch.int16)
     w = bits.view(torch.bfloat16)
     return w[w.isfinite()].reshape(255, 256)
+
+
+@pytest.fixture
+def every_finite_weight_in_two_orders(every_finite_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As it is, and shuffled, so that blocks hold magnitudes far apart."""
+    order = torch.randperm(65280, generator=torch.Generator().manual_seed(0))
+    return every_finite_weight, every_finite_weight.reshape(-1)[order].reshape(255, 256)

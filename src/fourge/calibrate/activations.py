@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from fourge.checkpoint.source import tensor_bytes
-from fourge.checkpoint.writer import PARTIAL_SUFFIX, sync_folder, writing
+from fourge.checkpoint.source import read_all, tensor_bytes
+from fourge.checkpoint.writer import PARTIAL_SUFFIX, sync_folder, write_all, writing
 from fourge.errors import OutputError
 from fourge.models.config import ModelConfig
 from fourge.models.moe import Routed
@@ -85,25 +85,18 @@ class RowFile:
         """Write rows [n, width] at token ``start``, cast to the file's dtype."""
         assert self._descriptor is not None
         rows = rows.to("cpu", self._dtype).contiguous()
-        view, position = tensor_bytes(rows), start * self._row_bytes
         with writing(self._partial):
-            while view:
-                count = os.pwrite(self._descriptor, view, position)
-                view, position = view[count:], position + count
+            write_all(self._descriptor, tensor_bytes(rows), start * self._row_bytes)
 
     def read(self, start: int, count: int) -> torch.Tensor:
         """Rows [count, width] from token ``start`` on, on the CPU."""
         assert self._descriptor is not None
         rows = torch.empty(count, self._width, dtype=self._dtype)
-        view, position = tensor_bytes(rows), start * self._row_bytes
-        while view:
-            done = os.preadv(self._descriptor, [view], position)
-            if done == 0:
-                raise OutputError(
-                    f"{self._path} is shorter than the run needs: it was changed from outside;"
-                    " remove the output folder and start again."
-                )
-            view, position = view[done:], position + done
+        if not read_all(self._descriptor, rows, start * self._row_bytes):
+            raise OutputError(
+                f"{self._path} is shorter than the run needs: it was changed from outside;"
+                " remove the output folder and start again."
+            )
         return rows
 
     def commit(self) -> None:

@@ -8,7 +8,6 @@ Memory: passes x experts x (hidden + intermediate) x 4 bytes, of one layer at a 
 Shapes: P passes, E experts, D hidden size, F expert intermediate size, N tokens of one expert.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,7 @@ import torch
 
 from fourge.checkpoint.writer import write_file
 from fourge.errors import CheckpointError, OutputError
-
-# Called by models.moe.run_experts: expert number, its input [N, D], the input of down_proj [N, F].
-Observe = Callable[[int, torch.Tensor, torch.Tensor], None]
+from fourge.models.moe import Observer
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class LayerStatistics:
 
         return cls(zeros(dtype=torch.int64), zeros(), zeros(), zeros(hidden), zeros(inner))
 
-    def observer(self, pass_index: int) -> Observe:
+    def observer(self, pass_index: int) -> Observer:
         """The callback that adds one expert's tokens to the figures of a pass."""
 
         def observe(expert: int, x_ND: torch.Tensor, h_NF: torch.Tensor) -> None:

@@ -8,14 +8,13 @@ modelopt_quant.py:1595-1702). Imports no torch.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from fourge.checkpoint.header import INDEX_NAME
-from fourge.checkpoint.writer import PARTIAL_SUFFIX, sync_folder, write_file, writing
+from fourge.checkpoint.writer import replacing, write_file, writing
 from fourge.errors import CheckpointError, ConfigError
 from fourge.formats.layout import BLOCK_SIZE
 
@@ -175,15 +174,10 @@ def copy_files(source: Path, target: Path, files: Iterable[Path]) -> None:
     """Copy byte for byte, each under a temporary name first."""
     for relative in files:
         final = target / relative
-        partial = final.with_name(final.name + PARTIAL_SUFFIX)
         with writing(final):
             final.parent.mkdir(parents=True, exist_ok=True)
-            with (source / relative).open("rb") as reading, partial.open("wb") as copy:
-                shutil.copyfileobj(reading, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-            partial.replace(final)
-            sync_folder(final.parent)
+        with (source / relative).open("rb") as original, replacing(final) as copy:
+            shutil.copyfileobj(original, copy)
 
 
 def write_metadata(target: Path, config_text: str, excluded: list[str]) -> None:

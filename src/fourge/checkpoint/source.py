@@ -105,20 +105,27 @@ class FileReader:
             if descriptor is None:
                 descriptor = os.open(self._folder / info.file, os.O_RDONLY)
                 self._descriptors[info.file] = descriptor
-            view, position = target.numpy().data, info.start + offset
-            while view:
-                count = os.preadv(descriptor, [view], position)
-                if count == 0:
-                    raise CheckpointError(
-                        f"{self._folder / info.file} ends within {info.name}: it was truncated"
-                        " during the run; restore it and run the same command again."
-                    )
-                view, position = view[count:], position + count
+            if not read_all(descriptor, target, info.start + offset):
+                raise CheckpointError(
+                    f"{self._folder / info.file} ends within {info.name}: it was truncated"
+                    " during the run; restore it and run the same command again."
+                )
         except OSError as error:
             raise CheckpointError(
                 f"cannot read {info.name} from {self._folder / info.file}: {error.strerror};"
                 " finished layers are kept, run the same command again when it is readable."
             ) from error
+
+
+def read_all(descriptor: int, target: torch.Tensor, position: int) -> bool:
+    """Fill a CPU tensor from ``position`` of an open file; False if the file ends before."""
+    view = tensor_bytes(target)
+    while view:
+        count = os.preadv(descriptor, [view], position)
+        if count == 0:
+            return False
+        view, position = view[count:], position + count
+    return True
 
 
 def read_pieces(
@@ -152,7 +159,12 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
     # min and max carry NaN along and need no mask as large as the tensor, as isfinite would.
     low, high = torch.aminmax(tensor)
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise CheckpointError(
-            f"tensor {name} holds NaN or infinite values; the source is damaged: download the shard"
-            " again, or ask its publisher."
-        )
+        raise not_finite(name)
+
+
+def not_finite(name: str) -> CheckpointError:
+    """The error for a weight that is NaN or infinite."""
+    return CheckpointError(
+        f"tensor {name} holds NaN or infinite values; the source is damaged: download the shard"
+        " again, or ask its publisher."
+    )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from fourge.checkpoint.header import DTYPE_BYTES, INDEX_NAME
 from fourge.errors import OutputError
@@ -91,7 +91,7 @@ class ShardWriter:
         with writing(self._partial):
             self._descriptor = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
-                _write_all(self._descriptor, plan.header, 0)
+                write_all(self._descriptor, plan.header, 0)
             except BaseException:
                 self.close()
                 raise
@@ -100,7 +100,7 @@ class ShardWriter:
         """Write bytes into tensor ``name``, ``offset`` from its begin; each byte once."""
         assert offset + len(data) <= self._plan.sizes[name], f"{name} is larger than planned"
         with writing(self._partial):
-            _write_all(self._descriptor, data, self._plan.starts[name] + offset)
+            write_all(self._descriptor, data, self._plan.starts[name] + offset)
         with self._lock:
             self._missing[name] -= len(data)
 
@@ -119,16 +119,23 @@ class ShardWriter:
         self._partial.unlink(missing_ok=True)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is whole whenever it has its name."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A stream whose bytes become the file ``path`` at the end: whole whenever it has its name."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     with writing(path):
         with partial.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.rename(partial, path)
         sync_folder(path.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file through ``replacing``."""
+    with replacing(path) as stream:
+        stream.write(data)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -168,7 +175,8 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error.strerror}.") from error
 
 
-def _write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
+def write_all(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    """Write all of ``data`` at ``position`` of an open file, however many calls it takes."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, position)

@@ -1,8 +1,8 @@
 """Bytes of activations that computing one batch takes, from ModelConfig alone.
 
 The one formula behind ``--memory``: the temporaries of layer.py, mla.py, dsa.py and moe.py at their
-largest moment, with the pieces of chunks.py. It errs on the high side; a test holds a run's peak
-against it, and benchmarks/memory_over_layers.py prints both. Imports no torch.
+largest moment, with the pieces of chunks.py. It errs on the high side; tests hold the peak of real
+runs against the budgets that it leads to. Imports no torch.
 """
 
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def _selection(config: ModelConfig, load: Load, tokens: int) -> int:
     """The indexer's inputs and scores, and a batch's selections, taken over and new."""
     if not config.uses_dsa or load.longest <= config.index_topk:
         return 0
-    queries = min(tokens, max(chunks.MIN_QUERIES, chunks.SCORE_ELEMENTS // tokens))
+    queries = min(tokens, chunks.index_queries(1, tokens))
     inputs = 2 * tokens * (config.index_head_dim + config.index_n_heads)
     query = 3 * queries * config.index_n_heads * config.index_head_dim
     scores = 3 * max(chunks.SCORE_ELEMENTS, queries * tokens)

@@ -23,6 +23,7 @@ from fourge.models.norm import rms_norm
 
 # T tokens, D hidden, K experts per token, E experts, N tokens of one step, I intermediate
 
+# Expert, its input x_ND, the input of its down_proj h_NI: see run_experts.
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 

@@ -66,7 +66,7 @@ def run_layer(
     config = job.plan.source.config
     statistics = _empty_statistics(job, plan)
     activations = LayerActivations(job.work, config, plan.layer, dtype=job.dtype, device=job.device)
-    work_per_token = plan.source_bytes / len(plan.groups) / sum(batch.tokens for batch in batches)
+    work_per_token = plan.source_bytes / len(plan.groups) / job.plan.workload.tokens
     with activations, LayerWriter(job.out, plan.shards) as writer:
         for group in plan.groups:
             weights = next(stream)

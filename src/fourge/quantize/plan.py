@@ -9,10 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from fourge.checkpoint.header import TensorInfo, aligned_bytes
-from fourge.checkpoint.metadata import (
-    exclude_list,
-    quantized_config_text,
-)
+from fourge.checkpoint.metadata import exclude_list, quantized_config_text
 from fourge.checkpoint.names import PROJECTIONS, Role, expert_name, parse
 from fourge.checkpoint.writer import OutTensor, ShardPlan, plan_shard
 from fourge.formats.layout import packed_shape, scale_shape
@@ -32,6 +29,9 @@ from fourge.quantize.survey import Source
 
 # A layer whose tensors exceed this is written as several shards (the BF16 MTP layer, mostly).
 MAX_SHARD_BYTES = 10 << 30
+
+# A layer's tensors that are not routed experts', and the three projections of each expert.
+LayerParts = tuple[list[TensorInfo], list[list[TensorInfo]]]
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,12 @@ class Plan:
 def make_plan(source: Source, recipe: Recipe, workload: Workload, budget: Budget) -> Plan:
     """Lay out the output and fit the run into ``budget``; BudgetError if it cannot fit."""
     layers = _tensors_by_layer(source)
-    memory = fit(_pieces(source, layers), source.config, workload, budget)
-    layout = _layout(source, recipe, layers, memory.largest_group)
+    parts = [
+        _split_experts(layer, layers[layer], source.config)
+        for layer in range(source.config.num_hidden_layers)
+    ]
+    memory = fit(_pieces(parts, layers), source.config, workload, budget)
+    layout = _layout(source, recipe, layers, _cut_all(parts, memory.largest_group))
     return Plan(source, recipe, workload, layout, memory)
 
 
@@ -108,7 +112,10 @@ def _tensors_by_layer(source: Source) -> dict[int | None, list[TensorInfo]]:
 
 
 def _layout(
-    source: Source, recipe: Recipe, layers: dict[int | None, list[TensorInfo]], capacity: int
+    source: Source,
+    recipe: Recipe,
+    layers: dict[int | None, list[TensorInfo]],
+    groups: list[tuple[Group, ...]],
 ) -> Layout:
     config = source.config
     mtp_layers = config.mtp_layers if recipe.mtp == "bf16" else range(0)
@@ -132,7 +139,7 @@ def _layout(
                 layer,
                 config.is_sparse(layer),
                 shards[1 + layer],
-                _cut(config, layer, layers[layer], capacity),
+                groups[layer],
                 sum(info.nbytes for info in layers[layer]),
             )
             for layer in decoder
@@ -192,28 +199,33 @@ def _split_at_limit(tensors: list[OutTensor]) -> list[list[OutTensor]]:
     return pieces
 
 
+def _cut_all(parts: list[LayerParts], capacity: int) -> list[tuple[Group, ...]]:
+    return [_cut(layer, rest, experts, capacity) for layer, (rest, experts) in enumerate(parts)]
+
+
 def _cut(
-    config: ModelConfig, layer: int, tensors: list[TensorInfo], capacity: int
+    layer: int, rest: list[TensorInfo], experts: list[list[TensorInfo]], capacity: int
 ) -> tuple[Group, ...]:
     """Cut a layer into groups of at most ``capacity`` bytes: the rest first, then whole experts."""
-    rest, experts = _split_experts(layer, tensors, config)
-    cuts: list[tuple[list[TensorInfo], int, int]] = [(rest, 0, 0)]
+    cuts: list[tuple[list[TensorInfo], int, int]] = [([*rest], 0, 0)]
+    size = aligned_bytes(rest)
     for expert, own in enumerate(experts):
         members, first, _ = cuts[-1]
-        if aligned_bytes([*members, *own]) > capacity:
-            cuts.append((list(own), expert, expert + 1))
+        added = aligned_bytes(own)
+        if size + added > capacity:
+            cuts.append(([*own], expert, expert + 1))
+            size = added
         else:
             members += own
             cuts[-1] = (members, first, expert + 1)
+            size += added
     return tuple(
         Group(layer, tuple(members), range(first, end), number == 0, number == len(cuts) - 1)
         for number, (members, first, end) in enumerate(cuts)
     )
 
 
-def _split_experts(
-    layer: int, tensors: list[TensorInfo], config: ModelConfig
-) -> tuple[list[TensorInfo], list[list[TensorInfo]]]:
+def _split_experts(layer: int, tensors: list[TensorInfo], config: ModelConfig) -> LayerParts:
     """A layer's other tensors, and the three projections of each routed expert."""
     rest = [info for info in tensors if parse(info.name).role != Role.ROUTED_EXPERT]
     if not config.is_sparse(layer):
@@ -226,10 +238,9 @@ def _split_experts(
     return rest, experts
 
 
-def _pieces(source: Source, layers: dict[int | None, list[TensorInfo]]) -> Pieces:
+def _pieces(parts: list[LayerParts], layers: dict[int | None, list[TensorInfo]]) -> Pieces:
     whole, least = 1, 1
-    for layer in range(source.config.num_hidden_layers):
-        rest, experts = _split_experts(layer, layers[layer], source.config)
+    for layer, (rest, experts) in enumerate(parts):
         whole = max(whole, aligned_bytes(layers[layer]))
         least = max(least, aligned_bytes(rest), *(aligned_bytes(own) for own in experts))
     decoder = (info for layer, members in layers.items() if layer is not None for info in members)

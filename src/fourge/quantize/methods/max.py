@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fourge.errors import CheckpointError
+from fourge.checkpoint.source import not_finite
 from fourge.formats import kernels, nvfp4
 from fourge.formats.nvfp4 import NVFP4Tensor
 from fourge.quantize.methods.expert import Expert
@@ -29,8 +29,5 @@ def quantize_expert(expert: Expert) -> Iterator[tuple[str, NVFP4Tensor]]:
 def _amax(name: str, weight: torch.Tensor) -> float:
     amax = kernels.amax(weight)
     if not math.isfinite(amax):
-        raise CheckpointError(
-            f"tensor {name} holds NaN or infinite values; the source is damaged: download the shard"
-            " again, or ask its publisher."
-        )
+        raise not_finite(name)
     return amax

@@ -16,6 +16,7 @@ LEVELS = {
     "chat": 1,
     "models": 2,
     "calibrate": 3,
+    "layerwise": 3,
     "quantize": 4,
     "cli": 6,
 }
@@ -33,10 +34,14 @@ TORCH_FREE = [
     "fourge.models.footprint",
     "fourge.models.kinds",
     "fourge.models.tensors",
-    "fourge.quantize.budget",
+    "fourge.layerwise.budget",
+    "fourge.layerwise.folders",
+    "fourge.layerwise.groups",
+    "fourge.layerwise.progress",
+    "fourge.models.survey",
+    "fourge.quantize.memory",
     "fourge.quantize.plan",
     "fourge.quantize.recipe",
-    "fourge.quantize.survey",
     "fourge.cli.main",
 ]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fourge.calibrate.observe import LayerStatistics
-from fourge.calibrate.routing import layer_record, summarize
+from fourge.calibrate.routing import layer_record, saturation, summarize
 from fourge.errors import CheckpointError
 
 CPU = torch.device("cpu")
@@ -66,3 +66,20 @@ def test_coverage_counts_over_passes_and_names_the_unseen():
     assert record["passes"]["broad"]["tokens"] == [3, 0, 1]
     assert summarize([record]) == (3, 0, 1, 1)
     assert summarize([]) == (0, 0, 0.0, 0)
+
+
+def test_first_seen_counts_tokens_up_to_the_first_of_each_expert():
+    statistics = empty()
+    statistics.note_first_seen(torch.tensor([[2], [2], [0]]), 0)
+    assert statistics.first_seen.tolist() == [3, 0, 1]
+    statistics.note_first_seen(torch.tensor([[0], [1], [1]]), 3)
+    assert statistics.first_seen.tolist() == [3, 5, 1]
+
+
+def test_saturation_counts_the_experts_of_all_layers():
+    layers = [{"first_seen": [1, 3, 0]}, {"first_seen": [2, 5, 9]}]
+    curve = saturation(layers, 10)
+    seen = dict(zip(curve["tokens"], curve["experts_seen"], strict=True))
+    assert (seen[1], seen[2], seen[4], seen[8], seen[10]) == (1, 2, 3, 4, 5)
+    assert list(seen) == sorted(seen)
+    assert saturation([], 1) == {"tokens": [1], "experts_seen": [0]}

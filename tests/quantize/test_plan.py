@@ -9,12 +9,13 @@ import pytest
 
 from fourge.checkpoint.header import aligned_bytes
 from fourge.errors import BudgetError, CheckpointError, ConfigError
+from fourge.layerwise.budget import Budget, format_bytes
 from fourge.models.footprint import Load
+from fourge.models.survey import Source, survey
 from fourge.quantize import plan as planning
-from fourge.quantize.budget import Budget, Workload, format_bytes
+from fourge.quantize.memory import Workload
 from fourge.quantize.plan import Plan, describe, make_plan, upper_workload
 from fourge.quantize.recipe import load_recipe
-from fourge.quantize.survey import Source, survey
 from hollow_checkpoint import GLM_5_1, write_hollow_checkpoint
 from random_checkpoint import published_config, write_checkpoint
 

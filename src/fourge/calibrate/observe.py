@@ -29,6 +29,7 @@ class LayerStatistics:
     down_amax: torch.Tensor  # float32 [P, E]
     gate_up_square_sum: torch.Tensor  # float32 [P, E, D], sum over tokens of x^2
     down_square_sum: torch.Tensor  # float32 [P, E, F]
+    first_seen: torch.Tensor  # int64 [E], tokens up to the first of the expert's; 0 for none yet
 
     @classmethod
     def empty(
@@ -39,7 +40,10 @@ class LayerStatistics:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
             return torch.zeros(passes, experts, *shape, dtype=dtype, device=device)
 
-        return cls(zeros(dtype=torch.int64), zeros(), zeros(), zeros(hidden), zeros(inner))
+        first_seen = torch.zeros(experts, dtype=torch.int64, device=device)
+        return cls(
+            zeros(dtype=torch.int64), zeros(), zeros(), zeros(hidden), zeros(inner), first_seen
+        )
 
     def observer(self, pass_index: int) -> Observer:
         """The callback that adds one expert's tokens to the figures of a pass."""
@@ -57,6 +61,21 @@ class LayerStatistics:
                 square_sum[at] += values.float().square().sum(0)
 
         return observe
+
+    def note_first_seen(self, experts_TK: torch.Tensor, start: int) -> None:
+        """Note the experts that a batch chose for the first time; ``start`` tokens came before it.
+
+        Batches must come in the order of their tokens.
+        """
+        if not experts_TK.numel():
+            return
+        ordinal_T = torch.arange(1, len(experts_TK) + 1, device=experts_TK.device) + start
+        ordinal_TK = ordinal_T[:, None].expand_as(experts_TK)
+        unseen = torch.iinfo(torch.int64).max
+        first_E = torch.full_like(self.first_seen, unseen)
+        first_E.scatter_reduce_(0, experts_TK.flatten(), ordinal_TK.flatten(), "amin")
+        is_new_E = (self.first_seen == 0) & (first_E != unseen)
+        self.first_seen.copy_(torch.where(is_new_E, first_E, self.first_seen))
 
     def layer_amax(self) -> tuple[float, float]:
         """Largest |input| of gate/up and of down over all passes and experts of the layer."""
@@ -76,7 +95,7 @@ class LayerStatistics:
             )
 
     def save(self, path: Path) -> None:
-        """Write the five tensors as a safetensors file."""
+        """Write the tensors as a safetensors file."""
         tensors = {name: getattr(self, name).cpu() for name in self.__dataclass_fields__}
         write_file(path, safetensors.torch.save(tensors))
 

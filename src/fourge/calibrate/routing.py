@@ -8,6 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from fourge.calibrate.observe import LayerStatistics
 
 
@@ -21,10 +23,14 @@ class Coverage(NamedTuple):
 
 
 def layer_record(layer: int, passes: Sequence[str], seen: LayerStatistics) -> dict:
-    """The JSON record of one layer: per pass, one figure per expert in expert order."""
+    """The JSON record of one layer: per pass, one figure per expert in expert order.
+
+    ``first_seen``: how many tokens of the corpus, in order, it took until the expert got one.
+    """
     return {
         "layer": layer,
         "never_seen": seen.never_seen(),
+        "first_seen": seen.first_seen.tolist(),
         "passes": {
             name: {
                 "tokens": seen.tokens[index].tolist(),
@@ -46,3 +52,14 @@ def summarize(layers: Sequence[Mapping]) -> Coverage:
     if not totals:
         return Coverage(0, 0, 0.0, 0)
     return Coverage(len(totals), min(totals), statistics.median(totals), totals.count(0))
+
+
+def saturation(layers: Sequence[Mapping], tokens: int) -> dict:
+    """The curve of experts, over all layers, that had got a token after so many tokens.
+
+    Points lie where powers of 2^(1/4) do, so that the early rise is seen and a long corpus fits.
+    """
+    firsts = np.sort([first for layer in layers for first in layer["first_seen"] if first])
+    steps = np.unique(np.floor(2.0 ** np.arange(0, np.log2(max(tokens, 1)), 0.25)).astype(int))
+    at = [int(step) for step in steps if step < tokens] + [tokens]
+    return {"tokens": at, "experts_seen": np.searchsorted(firsts, at, side="right").tolist()}

@@ -11,7 +11,7 @@ from fourge.checkpoint.inventory import by_role, inventory, like_layers
 from fourge.checkpoint.metadata import read_config
 from fourge.cli.arguments import AsJson
 from fourge.cli.show import print_json, print_table, say
-from fourge.quantize.budget import format_bytes
+from fourge.layerwise.budget import format_bytes
 
 
 def inspect(

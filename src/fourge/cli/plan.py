@@ -11,7 +11,7 @@ from fourge.cli.arguments import (
     SourceFolder,
 )
 from fourge.cli.show import print_json, print_table, say
-from fourge.quantize.budget import (
+from fourge.layerwise.budget import (
     TYPICAL_BASE_BYTES,
     TYPICAL_GPU_BASE_BYTES,
     Budget,
@@ -19,9 +19,9 @@ from fourge.quantize.budget import (
     default_workers,
     format_bytes,
 )
+from fourge.models.survey import survey
 from fourge.quantize.plan import describe, describe_resources, make_plan, upper_workload
 from fourge.quantize.recipe import load_recipe
-from fourge.quantize.survey import survey
 
 # The passes of a full calibration; its bounds are what a large model has to be planned for.
 DEFAULT_RECIPE = "glm-5.1"

@@ -8,8 +8,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from fourge.cli.show import duration
-from fourge.quantize.budget import format_bytes
-from fourge.quantize.progress import Snapshot
+from fourge.layerwise.budget import format_bytes
+from fourge.layerwise.progress import Snapshot
 
 # Without a terminal, a line comes with every stage, and at most this often within one.
 PLAIN_INTERVAL_S = 30.0

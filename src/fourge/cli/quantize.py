@@ -15,7 +15,7 @@ from fourge.cli.arguments import (
 )
 from fourge.cli.progress import RunDisplay
 from fourge.cli.show import console, duration, print_json, say
-from fourge.quantize.budget import format_bytes
+from fourge.layerwise.budget import format_bytes
 from fourge.quantize.recipe import load_recipe, with_overrides
 
 

@@ -16,15 +16,26 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from fourge.checkpoint.names import PROJECTIONS
+from fourge.formats import kernels
 from fourge.models import chunks
 from fourge.models.config import ModelConfig
-from fourge.models.linear import linear
+from fourge.models.linear import linear, weight_of
 from fourge.models.norm import rms_norm
 
 # T tokens, D hidden, K experts per token, E experts, N tokens of one step, I intermediate
 
 # Expert, its input x_ND, the input of its down_proj h_NI: see run_experts.
 Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+class InputScales(NamedTuple):
+    """``input_scale`` of each expert, float32 [E]: its inputs are rounded to NVFP4 with it, with
+    block scales of the moment, as engines do when they compute in four bits (W4A4).
+    """
+
+    gate_up_E: torch.Tensor
+    down_E: torch.Tensor
 
 
 class Routed(NamedTuple):
@@ -78,9 +89,10 @@ def run_experts(
     experts: range,
     *,
     observe: Observer | None = None,
+    input_scales: InputScales | None = None,
 ) -> None:
     """Add the experts of the range into ``routed.acc_TD``, in place; other experts' weights are
-    not looked at.
+    not looked at. Weights are BF16 or NVFP4, which is expanded an expert at a time.
 
     ``observe(expert, x_ND, h_NI)`` gets the input of gate and up and the input of down for the
     tokens of an expert, in token order, at most chunks.EXPERT_ROWS tokens a call; an expert
@@ -100,9 +112,13 @@ def run_experts(
             slots_N = order_S[first:end][rows]
             tokens_N = slots_N // num_choices
             x_ND = routed.x_TD[tokens_N]
+            if input_scales is not None:
+                x_ND = kernels.quantize_activations(x_ND, input_scales.gate_up_E[expert])
             h_NI = _inner(x_ND, mlp)
             if observe is not None:
                 observe(expert, x_ND, h_NI)
+            if input_scales is not None:
+                h_NI = kernels.quantize_activations(h_NI, input_scales.down_E[expert])
             y_ND = linear(h_NI, mlp["down_proj"]).float().mul_(gate_S[slots_N, None])
             # A token chooses an expert once, so rows are distinct; index_add_ takes twice as long.
             routed.acc_TD.index_copy_(0, tokens_N, y_ND.add_(routed.acc_TD[tokens_N]))
@@ -137,10 +153,7 @@ def _cast_mlp(
     weights: Mapping[str, torch.Tensor], prefix: str, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """gate_proj, up_proj, down_proj, cast once for all the chunks of rows."""
-    return {
-        name: weights[f"{prefix}{name}.weight"].to(dtype)
-        for name in ("gate_proj", "up_proj", "down_proj")
-    }
+    return {name: weight_of(weights, f"{prefix}{name}.", dtype) for name in PROJECTIONS}
 
 
 def _inner(x_ND: torch.Tensor, mlp: Mapping[str, torch.Tensor]) -> torch.Tensor:

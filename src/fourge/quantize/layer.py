@@ -14,20 +14,21 @@ from pathlib import Path
 
 import torch
 
-from fourge.calibrate.activations import Batch, LayerActivations, remove_before
 from fourge.calibrate.corpus import Corpus
 from fourge.calibrate.observe import LayerStatistics
 from fourge.checkpoint.names import PROJECTIONS, Role, expert_name, parse
 from fourge.checkpoint.source import check_finite, tensor_bytes
 from fourge.checkpoint.writer import ShardPlan, ShardWriter, write_json
 from fourge.formats import nvfp4
-from fourge.models import layer as model
-from fourge.models.config import ModelConfig
+from fourge.layerwise.activations import Batch, LayerActivations, remove_before
+from fourge.layerwise.forward import Hooks, Passage, run_group
+from fourge.layerwise.groups import Group
+from fourge.layerwise.machine import measure
+from fourge.layerwise.progress import Progress
 from fourge.models.rope import RopeTable
 from fourge.quantize.methods import METHODS
 from fourge.quantize.methods.expert import Expert
-from fourge.quantize.plan import Group, LayerPlan, Plan
-from fourge.quantize.progress import Progress, peak_resident
+from fourge.quantize.plan import LayerPlan, Plan
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -66,6 +67,7 @@ def run_layer(
     config = job.plan.source.config
     statistics = _empty_statistics(job, plan)
     activations = LayerActivations(job.work, config, plan.layer, dtype=job.dtype, device=job.device)
+    passage = Passage(config, rope, activations)
     work_per_token = plan.source_bytes / len(plan.groups) / job.plan.workload.tokens
     with activations, LayerWriter(job.out, plan.shards) as writer:
         for group in plan.groups:
@@ -74,7 +76,7 @@ def run_layer(
             _write_unquantized(weights, writer)
             local = {parse(name).suffix: tensor for name, tensor in weights.items()}
             for batch in batches:
-                _forward(config, group, local, batch, activations, rope, statistics)
+                run_group(passage, group, local, batch, _hooks(batch, statistics))
                 progress.advance(
                     tokens=batch.tokens if group.is_last else 0, work=work_per_token * batch.tokens
                 )
@@ -90,22 +92,6 @@ def run_layer(
     remove_before(job.work, plan.layer + 1)
 
 
-def measure(seconds: float) -> dict:
-    """What a layer took, and the most that the process has held by now."""
-    return {
-        "seconds": round(seconds, 3),
-        "peak_resident_bytes": peak_resident(),
-        "peak_device_bytes": device_bytes(peak=True),
-    }
-
-
-def device_bytes(*, peak: bool = False) -> int:
-    """Bytes that torch holds, or has held at most, on the GPU; 0 where none is in use."""
-    if not torch.cuda.is_initialized():
-        return 0
-    return torch.cuda.max_memory_reserved() if peak else torch.cuda.memory_reserved()
-
-
 def _empty_statistics(job: Job, plan: LayerPlan) -> LayerStatistics:
     config = job.plan.source.config
     return LayerStatistics.empty(
@@ -117,39 +103,11 @@ def _empty_statistics(job: Job, plan: LayerPlan) -> LayerStatistics:
     )
 
 
-def _forward(
-    config: ModelConfig,
-    group: Group,
-    weights: Weights,
-    batch: Batch,
-    activations: LayerActivations,
-    rope: RopeTable,
-    statistics: LayerStatistics,
-) -> None:
-    """One batch through what is in memory of the layer."""
-    if group.is_first:
-        hidden, topk = model.attend(
-            activations.read_input(batch),
-            batch.lengths,
-            weights,
-            config,
-            group.layer,
-            rope,
-            activations.read_topk(batch),
-        )
-        activations.write_topk(batch, topk)
-        if not config.is_sparse(group.layer):
-            activations.write_output(batch, model.dense_mlp(hidden, weights, config))
-            return
-        routed = model.route(hidden, weights, config)
-    else:
-        routed = activations.take_up(batch)
-    observe = statistics.observer(batch.pass_index)
-    model.run_experts(routed, weights, group.experts, observe=observe)
-    if group.is_last:
-        activations.write_output(batch, routed.acc_TD)
-    else:
-        activations.hold(batch, routed, is_first=group.is_first)
+def _hooks(batch: Batch, statistics: LayerStatistics) -> Hooks:
+    return Hooks(
+        observe=statistics.observer(batch.pass_index),
+        routed=lambda routed: statistics.note_first_seen(routed.experts_TK, batch.start),
+    )
 
 
 def _write_unquantized(weights: Weights, writer: "LayerWriter") -> None:

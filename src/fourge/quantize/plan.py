@@ -8,41 +8,22 @@ that can. Imports no torch: ``fourge plan`` answers at once.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from fourge.checkpoint.header import TensorInfo, aligned_bytes
+from fourge.checkpoint.header import TensorInfo
 from fourge.checkpoint.metadata import exclude_list, quantized_config_text
-from fourge.checkpoint.names import PROJECTIONS, Role, expert_name, parse
+from fourge.checkpoint.names import Role, parse
 from fourge.checkpoint.writer import OutTensor, ShardPlan, plan_shard
 from fourge.formats.layout import packed_shape, scale_shape
+from fourge.layerwise.budget import Budget, MemoryPlan, fit
+from fourge.layerwise.groups import Group, by_layer, cut, measure_pieces, split_experts
 from fourge.models.config import ModelConfig
 from fourge.models.footprint import Load
+from fourge.models.survey import Source
 from fourge.models.tensors import projection_shape
-from fourge.quantize.budget import (
-    Budget,
-    MemoryPlan,
-    Pieces,
-    Workload,
-    fit,
-    statistics_bytes,
-)
+from fourge.quantize.memory import Workload, needs, statistics_bytes
 from fourge.quantize.recipe import Recipe
-from fourge.quantize.survey import Source
 
 # A layer whose tensors exceed this is written as several shards (the BF16 MTP layer, mostly).
 MAX_SHARD_BYTES = 10 << 30
-
-# A layer's tensors that are not routed experts', and the three projections of each expert.
-LayerParts = tuple[list[TensorInfo], list[list[TensorInfo]]]
-
-
-@dataclass(frozen=True)
-class Group:
-    """What is in memory at a time: some experts of a layer, and first of all its other tensors."""
-
-    layer: int
-    tensors: tuple[TensorInfo, ...]
-    experts: range
-    is_first: bool
-    is_last: bool
 
 
 @dataclass(frozen=True)
@@ -94,21 +75,13 @@ class Plan:
 
 def make_plan(source: Source, recipe: Recipe, workload: Workload, budget: Budget) -> Plan:
     """Lay out the output and fit the run into ``budget``; BudgetError if it cannot fit."""
-    layers = _tensors_by_layer(source)
-    parts = [
-        _split_experts(layer, layers[layer], source.config)
-        for layer in range(source.config.num_hidden_layers)
-    ]
-    memory = fit(_pieces(parts, layers), source.config, workload, budget)
-    layout = _layout(source, recipe, layers, _cut_all(parts, memory.largest_group))
+    layers = by_layer(source.tensors)
+    decoder = range(source.config.num_hidden_layers)
+    parts = [split_experts(layers[layer]) for layer in decoder]
+    memory = fit(measure_pieces(parts), needs(source.config, workload, budget), budget)
+    groups = [cut(layer, parts[layer], memory.largest_group) for layer in decoder]
+    layout = _layout(source, recipe, layers, groups)
     return Plan(source, recipe, workload, layout, memory)
-
-
-def _tensors_by_layer(source: Source) -> dict[int | None, list[TensorInfo]]:
-    layers: dict[int | None, list[TensorInfo]] = {}
-    for name, info in source.tensors.items():
-        layers.setdefault(parse(name).layer, []).append(info)
-    return layers
 
 
 def _layout(
@@ -197,54 +170,6 @@ def _split_at_limit(tensors: list[OutTensor]) -> list[list[OutTensor]]:
         pieces[-1].append(tensor)
         size += tensor.nbytes
     return pieces
-
-
-def _cut_all(parts: list[LayerParts], capacity: int) -> list[tuple[Group, ...]]:
-    return [_cut(layer, rest, experts, capacity) for layer, (rest, experts) in enumerate(parts)]
-
-
-def _cut(
-    layer: int, rest: list[TensorInfo], experts: list[list[TensorInfo]], capacity: int
-) -> tuple[Group, ...]:
-    """Cut a layer into groups of at most ``capacity`` bytes: the rest first, then whole experts."""
-    cuts: list[tuple[list[TensorInfo], int, int]] = [([*rest], 0, 0)]
-    size = aligned_bytes(rest)
-    for expert, own in enumerate(experts):
-        members, first, _ = cuts[-1]
-        added = aligned_bytes(own)
-        if size + added > capacity:
-            cuts.append(([*own], expert, expert + 1))
-            size = added
-        else:
-            members += own
-            cuts[-1] = (members, first, expert + 1)
-            size += added
-    return tuple(
-        Group(layer, tuple(members), range(first, end), number == 0, number == len(cuts) - 1)
-        for number, (members, first, end) in enumerate(cuts)
-    )
-
-
-def _split_experts(layer: int, tensors: list[TensorInfo], config: ModelConfig) -> LayerParts:
-    """A layer's other tensors, and the three projections of each routed expert."""
-    rest = [info for info in tensors if parse(info.name).role != Role.ROUTED_EXPERT]
-    if not config.is_sparse(layer):
-        return rest, []
-    by_name = {info.name: info for info in tensors}
-    experts = [
-        [by_name[expert_name(layer, expert, projection)] for projection in PROJECTIONS]
-        for expert in range(config.n_routed_experts)
-    ]
-    return rest, experts
-
-
-def _pieces(parts: list[LayerParts], layers: dict[int | None, list[TensorInfo]]) -> Pieces:
-    whole, least = 1, 1
-    for layer, (rest, experts) in enumerate(parts):
-        whole = max(whole, aligned_bytes(layers[layer]))
-        least = max(least, aligned_bytes(rest), *(aligned_bytes(own) for own in experts))
-    decoder = (info for layer, members in layers.items() if layer is not None for info in members)
-    return Pieces(whole, least, max(info.nbytes for info in decoder))
 
 
 def upper_workload(source: Source, recipe: Recipe, *, workers: int) -> Workload:

@@ -5,22 +5,18 @@ the activations behind it were. ``fourge/fingerprint.json`` says which input the
 and where its activations are.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 
 from fourge import __version__
-from fourge.checkpoint.writer import PARTIAL_SUFFIX, write_json, writing
-from fourge.errors import BudgetError, OutputError
-from fourge.quantize.budget import format_bytes
-from fourge.quantize.survey import Source, config_digest, file_digests, header_digest
+from fourge.checkpoint.writer import PARTIAL_SUFFIX, write_json
+from fourge.errors import OutputError
+from fourge.layerwise.folders import OWN_FOLDER, differences, read_record, refuse_within
+from fourge.models.survey import Source, config_digest, file_digests, header_digest
 
-OWN_FOLDER = "fourge"
 RUN_NAME = "run.json"
 FINGERPRINT_NAME = "fingerprint.json"
 
@@ -42,42 +38,13 @@ def fingerprint(source: Source, recipe: Mapping, data: Mapping, arithmetic: str)
     }
 
 
-def differences(mine: object, theirs: object, path: str = "") -> list[str]:
-    """``path: theirs -> mine`` for every leaf that differs."""
-    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-        keys = dict.fromkeys([*theirs, *mine])
-        return [
-            line
-            for key in keys
-            for line in differences(
-                mine.get(key), theirs.get(key), f"{path} / {key}" if path else str(key)
-            )
-        ]
-    if isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
-        pairs = enumerate(zip(mine, theirs, strict=True))
-        return [line for number, (a, b) in pairs for line in differences(a, b, f"{path}[{number}]")]
-    return [] if mine == theirs else [f"{path}: {_short(theirs)} -> {_short(mine)}"]
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def check_places(source: Path, out: Path, work: Path | None) -> None:
     """Refuse folders that lie in one another: what a run writes would become its input."""
-    _refuse_within("output folder", out, "source", source)
-    _refuse_within("source", source, "output folder", out)
+    refuse_within("output folder", out, "source", source)
+    refuse_within("source", source, "output folder", out)
     if work is not None:
-        _refuse_within("work folder", work, "source", source)
-        _refuse_within("work folder", work, "output folder", out)
-
-
-def _refuse_within(what: str, inner: Path, what_outer: str, outer: Path) -> None:
-    if inner.resolve() == outer.resolve() or outer.resolve() in inner.resolve().parents:
-        raise OutputError(
-            f"the {what} {inner} overlaps the {what_outer} {outer}: choose another place for it."
-        )
+        refuse_within("work folder", work, "source", source)
+        refuse_within("work folder", work, "output folder", out)
 
 
 def check_target(out: Path) -> None:
@@ -101,28 +68,20 @@ def check_target(out: Path) -> None:
 
 def _is_own(out: Path, name: str) -> bool:
     """Whether a record of fourge's lies in ``out``."""
-    record = _read_record(out / OWN_FOLDER / name)
+    record = read_record(out / OWN_FOLDER / name)
     return record is not None and "fourge" in record
-
-
-def _read_record(path: Path) -> dict | None:
-    try:
-        record = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def finished_run(out: Path) -> dict | None:
     """The record of the finished run in ``out``, or None."""
-    record = _read_record(out / OWN_FOLDER / RUN_NAME)
+    record = read_record(out / OWN_FOLDER / RUN_NAME)
     return record if record is not None and record.get("finished") else None
 
 
 def check_input(out: Path, mine: dict, chosen_work: Path | None) -> None:
     """OutputError if ``out`` belongs to a run with other input, or one that worked elsewhere."""
     finished = finished_run(out)
-    started = _read_record(out / OWN_FOLDER / FINGERPRINT_NAME)
+    started = read_record(out / OWN_FOLDER / FINGERPRINT_NAME)
     if finished is not None:
         theirs = finished.get("fingerprint")
     elif started is not None:
@@ -147,7 +106,7 @@ def store_input(out: Path, mine: dict, chosen_work: Path | None) -> None:
     """From now on ``out`` belongs to this input, and works in this place."""
     record = {"fourge": __version__, "work": _place(chosen_work), "input": mine}
     path = out / OWN_FOLDER / FINGERPRINT_NAME
-    if _read_record(path) != record:
+    if read_record(path) != record:
         write_json(path, record)
 
 
@@ -167,58 +126,3 @@ def remove_work(out: Path, work: Path) -> None:
     """Delete what a finished run no longer needs."""
     shutil.rmtree(work, ignore_errors=True)
     (out / OWN_FOLDER / FINGERPRINT_NAME).unlink(missing_ok=True)
-
-
-@contextmanager
-def own_folders(*folders: Path) -> Iterator[None]:
-    """Make folders, and take away again those that are still empty at the end."""
-    made = [one for folder in folders for one in (*reversed(folder.parents), folder)]
-    made = [folder for folder in dict.fromkeys(made) if not folder.exists()]
-    for folder in folders:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for folder in reversed(made):
-            with suppress(OSError):
-                folder.rmdir()
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process alone; the lock dies with the process."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(
-                f"another fourge process is working in {folder}: wait for it, or stop it."
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def remove_partial(files: Iterable[Path]) -> None:
-    """Delete what an interrupted run had not finished writing of these files."""
-    for path in list(files):
-        path.with_name(path.name + PARTIAL_SUFFIX).unlink(missing_ok=True)
-
-
-def check_space(needs: Iterable[tuple[Path, int]]) -> None:
-    """Compare the bytes still to be written into folders with what their disks have free."""
-    per_disk: dict[int, tuple[Path, int]] = {}
-    for folder, nbytes in needs:
-        disk = folder.stat().st_dev
-        first, total = per_disk.get(disk, (folder, 0))
-        per_disk[disk] = (first, total + nbytes)
-    for folder, nbytes in per_disk.values():
-        free = shutil.disk_usage(folder).free
-        if nbytes > free:
-            raise BudgetError(
-                f"the disk of {folder} has {format_bytes(free)} free; this run needs"
-                f" {format_bytes(nbytes, up=True)} more (output and activations): free space, or"
-                " put the activations elsewhere with --work."
-            )

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 
 from fourge import __version__
-from fourge.calibrate.activations import Batch, hidden_file, make_batches
 from fourge.calibrate.observe import LayerStatistics
-from fourge.calibrate.routing import Coverage, layer_record, summarize
+from fourge.calibrate.routing import Coverage, layer_record, saturation, summarize
 from fourge.checkpoint.header import INDEX_NAME, TensorInfo, read_checkpoint
 from fourge.checkpoint.metadata import (
     CONFIG_NAME,
@@ -28,15 +27,19 @@ from fourge.checkpoint.metadata import (
     copy_files,
     write_metadata,
 )
-from fourge.checkpoint.source import FileReader, TensorStream, check_finite, read_pieces
+from fourge.checkpoint.source import FileReader, TensorStream
 from fourge.checkpoint.writer import PARTIAL_SUFFIX, ShardPlan, is_written, write_index, write_json
 from fourge.errors import OutputError
+from fourge.layerwise.activations import Batch, hidden_file, make_batches
+from fourge.layerwise.budget import STAGING_BYTES
+from fourge.layerwise.embedding import look_up, pieces_of
+from fourge.layerwise.folders import check_space, remove_partial
+from fourge.layerwise.machine import device_bytes, dtype_name, measure
+from fourge.layerwise.progress import OnProgress, Progress
 from fourge.models import layer as model
-from fourge.quantize.budget import COPY_BUFFER_BYTES, STAGING_BYTES
-from fourge.quantize.layer import Job, LayerWriter, device_bytes, measure, run_layer
+from fourge.quantize.layer import Job, LayerWriter, run_layer
 from fourge.quantize.plan import CopyPlan, describe, describe_resources, disk_bytes
-from fourge.quantize.progress import OnProgress, Progress
-from fourge.quantize.resume import RUN_NAME, check_space, remove_partial, remove_work
+from fourge.quantize.resume import RUN_NAME, remove_work
 
 
 @torch.no_grad()
@@ -125,22 +128,13 @@ def _run_layers(job: Job, batches: list[Batch], progress: Progress) -> None:
 
 
 def _embed(job: Job, files: FileReader, batches: list[Batch], progress: Progress) -> None:
-    """Copy the embedding and look every token up, both from one reading of the table.
-
-    Memory: the rows of those tokens that occur at all, at most the whole table.
-    """
-    (info,), config = job.plan.layout.embedding.tensors, job.plan.source.config
-    used = np.unique(job.corpus.tokens)
-    table = torch.empty(len(used), config.hidden_size, dtype=torch.bfloat16)
+    """Copy the embedding and look every token up, both from one reading of the table."""
+    copy, config = job.plan.layout.embedding, job.plan.source.config
     hidden = hidden_file(job.work, config, 0).create()
     try:
-        with LayerWriter(job.out, job.plan.layout.embedding.shards) as writer:
-            for first, rows in _copy_pieces(files, [info], writer, progress):
-                low, high = np.searchsorted(used, [first, first + len(rows)])
-                table[low:high] = rows[torch.from_numpy(used[low:high] - first)]
-            for batch in batches:
-                tokens = job.corpus.tokens[batch.start : batch.start + batch.tokens]
-                hidden.write(batch.start, table[torch.from_numpy(np.searchsorted(used, tokens))])
+        with LayerWriter(job.out, copy.shards) as writer:
+            pieces = _copy_pieces(files, copy.tensors, writer, progress)
+            look_up(pieces, job.corpus.tokens, config, batches, hidden)
             hidden.commit()
             writer.commit()
     finally:
@@ -158,14 +152,10 @@ def _copy_pieces(
     files: FileReader, tensors: Sequence[TensorInfo], writer: LayerWriter, progress: Progress
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Copy tensors through one buffer, and yield (first row, rows) of every piece on its way."""
-    longest_row = max(info.nbytes // (info.shape or (1,))[0] for info in tensors)
-    buffer = torch.empty(max(COPY_BUFFER_BYTES, longest_row), dtype=torch.uint8)
-    for info in tensors:
-        for first, rows in read_pieces(files, info, buffer):
-            check_finite(info.name, rows)
-            writer.write(info.name, rows, first * rows.shape[1] * rows.dtype.itemsize)
-            progress.advance(work=rows.nbytes, read=rows.nbytes, written=rows.nbytes)
-            yield first, rows
+    for info, first, rows in pieces_of(files, tensors):
+        writer.write(info.name, rows, first * rows.shape[1] * rows.dtype.itemsize)
+        progress.advance(work=rows.nbytes, read=rows.nbytes, written=rows.nbytes)
+        yield first, rows
 
 
 def _finish(job: Job) -> dict:
@@ -201,6 +191,7 @@ def _write_coverage(job: Job) -> Coverage:
     document = {
         "passes": list(job.corpus.passes),
         "summary": coverage._asdict(),
+        "saturation": saturation(layers, len(job.corpus.tokens)),
         "layers": layers,
     }
     write_json(job.own / "coverage.json", document)
@@ -242,7 +233,7 @@ def _timing(job: Job) -> dict:
     return {
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": str(job.device),
-        "dtype": str(job.dtype).removeprefix("torch."),
+        "dtype": dtype_name(job.dtype),
         "machine": platform.machine(),
         "seconds_of_layers": round(sum(layer["seconds"] for layer in layers), 3),
         "seconds_of_last_process": now["seconds"],

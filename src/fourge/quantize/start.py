@@ -12,51 +12,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
-from fourge.calibrate.activations import make_batches
 from fourge.calibrate.corpus import Corpus, build_corpus
 from fourge.calibrate.sources import identify_data
 from fourge.checkpoint.header import read_checkpoint
 from fourge.checkpoint.writer import write_json
-from fourge.errors import BudgetError, CheckpointError, OutputError
-from fourge.formats import kernels
-from fourge.formats.nvfp4 import weight_scale_2
-from fourge.models.footprint import Load
-from fourge.quantize.budget import (
-    TYPICAL_GPU_BASE_BYTES,
-    Budget,
-    Workload,
-    default_host_budget,
-    default_workers,
+from fourge.errors import CheckpointError, OutputError
+from fourge.layerwise.activations import make_batches
+from fourge.layerwise.budget import default_workers
+from fourge.layerwise.folders import OWN_FOLDER, locked, own_folders
+from fourge.layerwise.machine import (
+    choose_device,
+    choose_dtype,
+    dtype_name,
+    measure_budget,
+    out_of_device_memory,
 )
+from fourge.layerwise.progress import OnProgress
+from fourge.models.footprint import Load
+from fourge.models.survey import Source, survey
 from fourge.quantize.layer import Job
+from fourge.quantize.memory import Workload
 from fourge.quantize.plan import make_plan
-from fourge.quantize.progress import OnProgress, peak_resident
 from fourge.quantize.recipe import Recipe, to_dict
 from fourge.quantize.resume import (
-    OWN_FOLDER,
     check_input,
     check_places,
     check_target,
     fingerprint,
     finished_run,
-    locked,
-    own_folders,
     remove_work,
     store_input,
     work_folder,
 )
 from fourge.quantize.run import quantize
-from fourge.quantize.survey import Source, survey
-
-# Resident memory that threads, stacks and the allocator add once the run is under way.
-SETTLING_BYTES = 64 << 20
-# Part of the free device memory that is used when no budget is given.
-DEVICE_SHARE = 0.9
-
-CPU_FLAGS = Path("/proc/cpuinfo")
 
 OnData = Callable[[str, int, int], None]
 
@@ -94,7 +84,7 @@ def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
     data = {spec.name: identify_data(spec.data) for spec in request.recipe.passes}
-    arithmetic = f"{device.type} {str(dtype).removeprefix('torch.')}"
+    arithmetic = f"{device.type} {dtype_name(dtype)}"
     mine = fingerprint(source, to_dict(request.recipe), data, arithmetic)
     check_input(request.out, mine, request.work)
     own, work = request.out / OWN_FOLDER, work_folder(request.out, request.work, mine)
@@ -107,7 +97,13 @@ def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -
             return done
         corpus = _corpus(source, request.recipe, work, mine, on_data)
         workload = measure_workload(corpus, request.recipe)
-        plan = make_plan(source, request.recipe, workload, _budget(request, device, dtype))
+        budget = measure_budget(
+            device,
+            memory=request.memory,
+            device_memory=request.device_memory,
+            itemsize=dtype.itemsize,
+        )
+        plan = make_plan(source, request.recipe, workload, budget)
         store_input(request.out, mine, request.work)
         job = Job(plan, corpus, mine, request.out, own, work, device, dtype, began)
         return Outcome(_run(job, on_progress), was_finished=False)
@@ -117,10 +113,7 @@ def _run(job: Job, on_progress: OnProgress) -> dict:
     try:
         return quantize(job, on_progress)
     except torch.OutOfMemoryError as error:
-        raise BudgetError(
-            f"the GPU ran out of memory ({str(error).splitlines()[0]}); finished layers are kept:"
-            " run the same command with a smaller --device-memory, or free the GPU of others."
-        ) from error
+        raise out_of_device_memory(error) from error
 
 
 def _finished(out: Path, work: Path) -> Outcome | None:
@@ -139,28 +132,6 @@ def _finished(out: Path, work: Path) -> Outcome | None:
         ) from None
     remove_work(out, work)
     return Outcome(record, was_finished=True)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one. BudgetError if a GPU is asked for and there is none."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise BudgetError(
-            "--device cuda was asked for, but torch finds no CUDA device: install a CUDA build of"
-            " torch, or use --device cpu."
-        )
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is BF16, as engines compute, wherever the hardware multiplies it; else FP32."""
-    if name == "float32":
-        return torch.float32
-    if name == "bfloat16" or device.type == "cuda":
-        return torch.bfloat16
-    flags = CPU_FLAGS.read_text()
-    native = any(flag in flags for flag in ("avx512_bf16", "amx_bf16"))
-    return torch.bfloat16 if native else torch.float32
 
 
 def measure_workload(corpus: Corpus, recipe: Recipe) -> Workload:
@@ -187,28 +158,3 @@ def _corpus(source: Source, recipe: Recipe, work: Path, mine: dict, on_data: OnD
     corpus.save(work)
     write_json(kept_for, mine)
     return corpus
-
-
-def _budget(request: Request, device: torch.device, dtype: torch.dtype) -> Budget:
-    """Limits, and what the process holds by now, kernels compiled."""
-    _warm_up(device, dtype)
-    host = request.memory or default_host_budget()
-    resident = psutil.Process().memory_info().rss + SETTLING_BYTES
-    held = {"peak": peak_resident(), "itemsize": dtype.itemsize}
-    if device.type == "cpu":
-        return Budget(host, base=resident, **held)
-    free, total = torch.cuda.mem_get_info(device)
-    limit = request.device_memory or request.memory or free
-    limit = min(limit, int(free * DEVICE_SHARE))
-    # Beyond the plan's estimate torch gives cached blocks back, and at this bound it refuses.
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
-    # CUDA libraries are loaded as the first layer needs them, so what is held now says too little.
-    return Budget(host, base=max(resident, TYPICAL_GPU_BASE_BYTES), device=limit, **held)
-
-
-def _warm_up(device: torch.device, dtype: torch.dtype) -> None:
-    """Compile kernels and start thread pools, so that their memory is counted."""
-    weights = torch.ones(16, 64, dtype=torch.bfloat16, device=device)
-    kernels.quantize(weights, weight_scale_2(kernels.amax(weights)))
-    square = torch.ones(256, 256, dtype=dtype, device=device)
-    torch.mm(square, square)

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fourge.calibrate.activations import (
+from fourge.errors import OutputError
+from fourge.layerwise.activations import (
     Batch,
     LayerActivations,
     RowFile,
@@ -13,7 +14,6 @@ from fourge.calibrate.activations import (
     make_batches,
     remove_before,
 )
-from fourge.errors import OutputError
 from fourge.models.config import from_dict
 from fourge.models.moe import Routed
 from random_checkpoint import published_config

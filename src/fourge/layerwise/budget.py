@@ -14,7 +14,7 @@ import psutil
 
 from fourge.errors import BudgetError
 from fourge.models.config import ModelConfig
-from fourge.models.footprint import Load, compute_bytes
+from fourge.models.footprint import Load
 
 # Resident memory of a process that has imported torch, numba and transformers and compiled the
 # kernels: 330-420 MiB measured (torch 2.13 CPU). With a CUDA context: 820 MiB before the first
@@ -55,13 +55,13 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """How many tokens, in how many passes, and how large the pieces are that are computed."""
+class Needs:
+    """Bytes that a run holds besides weights, wherever the weights lie."""
 
-    tokens: int
-    passes: int
-    load: Load
-    workers: int  # threads that quantize experts
+    host: int  # buffers that are always there
+    compute: int  # temporaries of one batch, and what goes with them to the device
+    at_start: int  # buffers of the time before the first layer
+    rows: int  # of one batch, in host memory on their way to and from a device
 
 
 @dataclass(frozen=True)
@@ -89,24 +89,20 @@ class MemoryPlan:
     largest_group: int
 
 
-def fit(pieces: Pieces, config: ModelConfig, workload: Workload, budget: Budget) -> MemoryPlan:
+def fit(pieces: Pieces, needs: Needs, budget: Budget) -> MemoryPlan:
     """Choose how many bytes of weights a group may have.
 
     Raises BudgetError, with the smallest budget that works, if even single experts do not fit.
     """
-    statistics = statistics_bytes(config, workload.passes)
-    buffers = _buffers(config, workload, statistics)
-    at_start = max(budget.peak, budget.base + buffers + _embedding(config, workload))
-    compute = compute_bytes(config, workload.load, itemsize=budget.itemsize)
+    at_start = max(budget.peak, budget.base + needs.at_start)
     if budget.on_device:
-        compute += statistics + DEVICE_BASE_BYTES
+        compute = needs.compute + DEVICE_BASE_BYTES
         group = min(pieces.layer, (budget.device - compute) // 2)
-        rows = 3 * workload.load.batch_tokens * config.hidden_size * 4
-        host = budget.base + buffers + rows + STAGING_BYTES + 2 * pieces.tensor
+        host = budget.base + needs.host + needs.rows + STAGING_BYTES + 2 * pieces.tensor
         host = smallest_host = max(host, at_start)
         device, smallest_device = compute + 2 * group, compute + 2 * pieces.indivisible
     else:
-        fixed = budget.base + buffers + compute
+        fixed = budget.base + needs.host + needs.compute
         group = min(pieces.layer, (budget.host - fixed) // 2)
         host = max(fixed + 2 * group, at_start)
         smallest_host = max(fixed + 2 * pieces.indivisible, at_start)
@@ -138,39 +134,21 @@ def default_host_budget() -> int:
 
 
 def default_workers() -> int:
-    """Threads that quantize: one per core that this process may use."""
+    """Threads that pack and hash: one per core that this process may use."""
     return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def statistics_bytes(config: ModelConfig, passes: int) -> int:
-    """What calibrate/observe.py keeps of one layer."""
-    channels = config.hidden_size + config.moe_intermediate_size
-    return passes * config.n_routed_experts * (channels * 4 + 16)
-
-
-def _buffers(config: ModelConfig, workload: Workload, statistics: int) -> int:
-    """Tokens, the copy buffer, statistics and their serialized form, quantized experts."""
-    quantized = config.hidden_size * config.moe_intermediate_size  # at most a byte per weight
-    return (
-        workload.tokens * 4
-        + max(COPY_BUFFER_BYTES, 2 * config.hidden_size * 2)
-        + 3 * statistics
-        + workload.workers * 2 * quantized
-    )
-
-
-def _embedding(config: ModelConfig, workload: Workload) -> int:
-    """The rows of the embedding that occur, and one batch of them."""
-    rows = min(config.vocab_size, workload.tokens) + 2 * workload.load.batch_tokens
-    return rows * config.hidden_size * 2 + workload.tokens * 8
+def embedding_bytes(config: ModelConfig, tokens: int, load: Load) -> int:
+    """The rows of the embedding that occur, and one batch of them, while tokens are looked up."""
+    rows = min(config.vocab_size, tokens) + 2 * load.batch_tokens
+    return rows * config.hidden_size * 2 + tokens * 8
 
 
 def _too_little(what: str, option: str, given: int, needed: int) -> str:
     enough = format_bytes(needed, up=True)
     return (
         f"{format_bytes(given)} of {what} is too little: this run needs at least {enough}. Give"
-        f" {option} {enough.replace(' ', '')} or more, or a recipe with smaller batch_tokens and"
-        " max_tokens."
+        f" {option} {enough.replace(' ', '')} or more, or shorter sequences and smaller batches."
     )
 
 

@@ -115,10 +115,12 @@ class RowFile:
         self._partial.unlink(missing_ok=True)
 
 
-def hidden_file(folder: Path, config: ModelConfig, layer: int) -> RowFile:
-    """The residual stream that enters ``layer``: BF16, as engines hold it."""
+def hidden_file(
+    folder: Path, config: ModelConfig, layer: int, dtype: torch.dtype = torch.bfloat16
+) -> RowFile:
+    """The residual stream that enters ``layer``; BF16 is how engines hold it."""
     path = folder / f"hidden-{layer:05d}.bin"
-    return RowFile(path, width=config.hidden_size, dtype=torch.bfloat16)
+    return RowFile(path, width=config.hidden_size, dtype=dtype)
 
 
 def topk_file(folder: Path, config: ModelConfig, layer: int) -> RowFile:
@@ -136,8 +138,9 @@ def remove_before(folder: Path, layer: int) -> None:
 class LayerActivations:
     """The files around one layer: its input, its output, and what waits between expert groups.
 
-    ``dtype`` and ``device`` are those of the computation. What waits keeps its full precision, so
-    that the number of groups does not change a bit of the result.
+    ``dtype`` and ``device`` are those of the computation, ``stream`` that of the hidden state
+    between layers. What waits keeps its full precision, so that the number of groups does not
+    change a bit of the result. The last layer's output is kept only with ``keep_last``.
     """
 
     def __init__(
@@ -148,12 +151,15 @@ class LayerActivations:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        stream: torch.dtype = torch.bfloat16,
+        keep_last: bool = False,
     ) -> None:
         self._config, self._layer = config, layer
         self._dtype, self._device = dtype, device
         self._is_last = layer == config.num_hidden_layers - 1
-        self._hidden = hidden_file(folder, config, layer)
-        self._next_hidden = hidden_file(folder, config, layer + 1)
+        self._has_output = keep_last or not self._is_last
+        self._hidden = hidden_file(folder, config, layer, stream)
+        self._next_hidden = hidden_file(folder, config, layer + 1, stream)
         self._topk = topk_file(folder, config, layer)
         self._next_topk = topk_file(folder, config, layer + 1)
         widths = {
@@ -172,10 +178,10 @@ class LayerActivations:
         self._hidden.open()
         if self._shares(self._layer):
             self._topk.open()
-        if not self._is_last:
+        if self._has_output:
             self._next_hidden.create()
-            if self._shares(self._layer + 1):
-                self._next_topk.create()
+        if self._passes_topk_on:
+            self._next_topk.create()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -186,13 +192,17 @@ class LayerActivations:
     def _shares(self, layer: int) -> bool:
         return self._config.uses_dsa and self._config.indexer_types[layer] == "shared"
 
+    @property
+    def _passes_topk_on(self) -> bool:
+        return not self._is_last and self._shares(self._layer + 1)
+
     def read_input(self, batch: Batch) -> torch.Tensor:
         """hidden_TD of a batch, in the dtype and on the device of the computation."""
         return self._hidden.read(batch.start, batch.tokens).to(self._device, self._dtype)
 
     def write_output(self, batch: Batch, hidden_TD: torch.Tensor) -> None:
-        """The next layer's input; nothing follows the last layer."""
-        if not self._is_last:
+        """The next layer's input."""
+        if self._has_output:
             self._next_hidden.write(batch.start, hidden_TD)
 
     def read_topk(self, batch: Batch) -> list[torch.Tensor | None] | None:
@@ -206,7 +216,7 @@ class LayerActivations:
 
     def write_topk(self, batch: Batch, topk: Sequence[torch.Tensor | None] | None) -> None:
         """Keep the selection if the next layer takes it over."""
-        if self._is_last or not self._shares(self._layer + 1):
+        if not self._passes_topk_on:
             return
         assert topk is not None
         for (start, _, selects), selection in zip(self._sequences(batch), topk, strict=True):
@@ -243,8 +253,7 @@ class LayerActivations:
 
     def commit(self) -> None:
         """Make the output last. The layer's shards are committed after it."""
-        if self._is_last:
-            return
-        if self._shares(self._layer + 1):
+        if self._passes_topk_on:
             self._next_topk.commit()
-        self._next_hidden.commit()
+        if self._has_output:
+            self._next_hidden.commit()

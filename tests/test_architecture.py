@@ -18,6 +18,7 @@ LEVELS = {
     "calibrate": 3,
     "layerwise": 3,
     "quantize": 4,
+    "evaluate": 4,
     "cli": 6,
 }
 # Imported by --help, plan and inspect, which answer at once.

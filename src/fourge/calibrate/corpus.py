@@ -9,6 +9,7 @@ nothing of models; imports no torch, and transformers only when a record needs t
 import hashlib
 import io
 import json
+import math
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,7 @@ class PassSpec:
     """What one pass asks for: data (paths, dataset ids), how many samples, of which length.
 
     ``open_ended``: the recipe names no number, so fewer than ``samples`` are no shortage.
+    ``most_tokens``: the pass ends with the sample that reaches it, which is cut there.
     """
 
     name: str
@@ -55,6 +57,7 @@ class PassSpec:
     max_tokens: int
     seed: int
     open_ended: bool = False
+    most_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ def _fill(
 ) -> _Filled:
     """Draw records until the pass has its samples or the sources end."""
     sequences, too_short = [], 0
+    room = math.inf if spec.most_tokens is None else spec.most_tokens
     _check_bad_share(spec, sources, max_bad_share)
     for drawn, (source, record) in enumerate(_in_turn(sources, spec.seed), start=1):
         try:
@@ -166,14 +170,15 @@ def _fill(
             source.tally.reject(record.where, error.kind, str(error))
             tokens = None
         if tokens is not None and len(tokens) >= spec.min_tokens:
-            sequences.append(tokens)
+            sequences.append(tokens if len(tokens) <= room else tokens[: int(room)])
+            room -= len(tokens)
         elif tokens is not None:
             too_short += 1
         if drawn % LOOK_EVERY == 0:
             _check_bad_share(spec, sources, max_bad_share)
         if on_progress and drawn % REPORT_EVERY == 0:
             on_progress(spec.name, len(sequences), 0 if spec.open_ended else spec.samples)
-        if len(sequences) == spec.samples:
+        if len(sequences) == spec.samples or room < spec.min_tokens:
             break
     _check_bad_share(spec, sources, max_bad_share)
     if on_progress:

@@ -8,7 +8,7 @@ Peak memory: two arenas of the largest group, plus the staging buffer on the hos
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -145,6 +145,16 @@ def read_pieces(
         target = buffer[: count * row_bytes]
         files.read(info, target, first * row_bytes)
         yield first, target.view(TORCH_DTYPES[info.dtype]).view(count, row_elements)
+
+
+def read_all_tensors(files: FileReader, tensors: Iterable[TensorInfo]) -> dict[str, torch.Tensor]:
+    """Small tensors by name, each in memory of its own, on the CPU."""
+    result = {}
+    for info in tensors:
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        files.read(info, data)
+        result[info.name] = data.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+    return result
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fourge import __version__
+from fourge.cli.evaluate import evaluate
 from fourge.cli.inspect import inspect
 from fourge.cli.plan import plan
 from fourge.cli.quantize import quantize
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(quantize)
+app.command()(evaluate)
 app.command()(inspect)
 
 

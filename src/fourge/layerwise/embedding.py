@@ -34,9 +34,11 @@ def look_up(
     tokens: np.ndarray,
     config: ModelConfig,
     batches: Sequence[Batch],
-    hidden: RowFile,
+    files: Sequence[RowFile],
 ) -> None:
-    """Write the embedding of every token, from (first row, rows) of the whole table."""
+    """Write the embedding of every token to each of ``files``, from (first row, rows) of the whole
+    table.
+    """
     used = np.unique(tokens)
     table = torch.empty(len(used), config.hidden_size, dtype=torch.bfloat16)
     for first, rows in pieces:
@@ -44,4 +46,6 @@ def look_up(
         table[low:high] = rows[torch.from_numpy(used[low:high] - first)]
     for batch in batches:
         own = tokens[batch.start : batch.start + batch.tokens]
-        hidden.write(batch.start, table[torch.from_numpy(np.searchsorted(used, own))])
+        rows = table[torch.from_numpy(np.searchsorted(used, own))]
+        for file in files:
+            file.write(batch.start, rows)

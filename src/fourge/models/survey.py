@@ -14,12 +14,12 @@ from fourge.checkpoint.names import split_fused
 from fourge.errors import CheckpointError, ConfigError
 from fourge.formats.layout import BLOCK_SIZE
 from fourge.models import config as model_config
-from fourge.models.tensors import check_tensors
+from fourge.models.tensors import check_quantized_tensors, check_tensors
 
 
 @dataclass(frozen=True)
 class Source:
-    """A validated BF16 checkpoint; fused experts appear as the per-expert tensors inside them."""
+    """A validated checkpoint; fused experts appear as the per-expert tensors inside them."""
 
     folder: Path
     config: model_config.ModelConfig
@@ -44,6 +44,24 @@ def survey(folder: Path, *, mtp: str) -> Source:
     checkpoint = read_checkpoint(folder)
     tensors = split_fused(checkpoint.tensors)
     check_tensors(tensors, config, mtp=mtp == "bf16")
+    return Source(
+        folder, config, config_text, tensors, checkpoint.shards, tuple(other_files(folder))
+    )
+
+
+def survey_quantized(folder: Path) -> Source:
+    """The same for a checkpoint whose routed experts are NVFP4 in ModelOpt form; its MTP layer is
+    not looked at. A BF16 checkpoint passes too.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint.")
+    config_text, raw = read_config(folder)
+    config = model_config.from_dict(raw)
+    _check_experts(config)
+    checkpoint = read_checkpoint(folder)
+    tensors = split_fused(checkpoint.tensors)
+    check_quantized_tensors(tensors, config)
     return Source(
         folder, config, config_text, tensors, checkpoint.shards, tuple(other_files(folder))
     )

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from fourge.checkpoint.header import TensorInfo
 from fourge.checkpoint.names import PROJECTIONS, Role, expert_suffix, layer_name, parse
 from fourge.errors import CheckpointError
+from fourge.formats.layout import packed_shape, scale_shape
 from fourge.models.config import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -147,12 +148,43 @@ def check_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, *, mtp
             )
         if not mtp and parsed.layer in config.mtp_layers:
             continue
-        if name in expected and info.shape != expected[name]:
-            raise CheckpointError(
-                f"tensor {name} in {info.file} has the shape {list(info.shape)}; config.json"
-                f" demands {list(expected[name])}: they belong to different models."
-            )
+        if name in expected:
+            _check_shape(info, expected[name])
         _check_dtype(info, parsed.role)
+
+
+def check_quantized_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
+    """Compare a checkpoint whose routed experts are NVFP4, all or some, with what ``config``
+    demands; the MTP layer is not looked at. ``input_scale`` may be absent.
+
+    Raises CheckpointError for a missing tensor, or a wrong shape or dtype.
+    """
+    expected = expected_tensors(config, mtp=False)
+    _check_missing(tensors, expected, config)
+    for name, shape in expected.items():
+        info = tensors[name]
+        if parse(name).role == Role.ROUTED_EXPERT and info.dtype == "U8":
+            _check_nvfp4(tensors, name, shape)
+            continue
+        _check_shape(info, shape)
+        _check_dtype(info, parse(name).role)
+
+
+def _check_nvfp4(tensors: Mapping[str, TensorInfo], name: str, shape: tuple[int, ...]) -> None:
+    parts = {
+        name: ("U8", packed_shape(shape)),
+        f"{name}_scale": ("F8_E4M3", scale_shape(shape)),
+        f"{name}_scale_2": ("F32", ()),
+    }
+    for part, (dtype, wanted) in parts.items():
+        info = tensors.get(part)
+        scalar = info is not None and not wanted and info.shape == (1,)
+        if info is None or info.dtype != dtype or not (scalar or info.shape == wanted):
+            found = f"{info.dtype} {list(info.shape)}" if info else "nothing"
+            raise CheckpointError(
+                f"{part} should be {dtype} {list(wanted)}, found is {found}: run fourge doctor on"
+                " this checkpoint."
+            )
 
 
 def _check_missing(
@@ -172,6 +204,14 @@ def _check_missing(
         f"{len(missing)} tensors that config.json demands are missing, first {missing[0]}:"
         " download the checkpoint again."
     )
+
+
+def _check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:
+    if info.shape != shape:
+        raise CheckpointError(
+            f"tensor {info.name} in {info.file} has the shape {list(info.shape)}; config.json"
+            f" demands {list(shape)}: they belong to different models."
+        )
 
 
 def _check_dtype(info: TensorInfo, role: Role) -> None:

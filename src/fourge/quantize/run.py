@@ -134,7 +134,7 @@ def _embed(job: Job, files: FileReader, batches: list[Batch], progress: Progress
     try:
         with LayerWriter(job.out, copy.shards) as writer:
             pieces = _copy_pieces(files, copy.tensors, writer, progress)
-            look_up(pieces, job.corpus.tokens, config, batches, hidden)
+            look_up(pieces, job.corpus.tokens, config, batches, [hidden])
             hidden.commit()
             writer.commit()
     finally:

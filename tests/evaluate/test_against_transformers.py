@@ -17,7 +17,8 @@ from safetensors import safe_open
 
 from fourge_process import run
 
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6] + [-0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+VALUES = np.concatenate([MAGNITUDES, -MAGNITUDES])
 WINDOW, NUM_WINDOWS = 160, 6  # index_topk of the example model is 64
 
 

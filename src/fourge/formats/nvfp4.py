@@ -84,11 +84,56 @@ def quantize(w: Tensor, scale_2: Tensor, out: NVFP4Tensor | None = None) -> NVFP
     return out
 
 
-def dequantize(q: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[N, K] values in dtype: code * (block scale * scale_2), each product rounded to float32."""
+def dequantize(
+    q: NVFP4Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
+    """[N, K] values in dtype: code * (block scale * scale_2), each product rounded to float32, then
+    once to dtype (float32, bfloat16 or float16).
+
+    Writes into out when given. ValueError: a dtype or shape that does not fit.
+    """
+    out = expanded(q, dtype, out)
     divisor_NB = fp8.from_e4m3(q.weight_scale) * q.weight_scale_2
     values_NK = e2m1.decode(e2m1.unpack(q.weight))
-    return (values_NK * divisor_NB.repeat_interleave(BLOCK_SIZE, dim=-1)).to(dtype)
+    return out.copy_(values_NK * divisor_NB.repeat_interleave(BLOCK_SIZE, dim=-1))
+
+
+def quantize_activations(x: Tensor, input_scale: Tensor) -> Tensor:
+    """x [..., K] as a four-bit multiplication sees it, in x's dtype: code * (block scale *
+    input_scale), with block scales of the moment.
+
+    Unlike a weight's, a block scale has no lower bound: a block whose largest magnitude is below
+    6 * 2^-10 * input_scale becomes zeros, as in the quantization kernels of vllm 0.33.0 and sglang
+    0.5.23. Above 448 * 6 * input_scale it saturates. input_scale: positive float32 [].
+    ValueError: K is not a multiple of 16.
+    """
+    check_activations(x)
+    x_BS = x.float().unflatten(-1, (x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE))
+    scale_B = x_BS.abs().amax(dim=-1) / (e2m1.MAX * input_scale)
+    scale_B = fp8.from_e4m3(fp8.to_e4m3(scale_B.clamp(max=fp8.MAX)))
+    divisor_B = (scale_B * input_scale).unsqueeze(-1)
+    codes_BS = e2m1.encode(torch.where(divisor_B > 0, x_BS / divisor_B, 0.0))
+    return (e2m1.decode(codes_BS) * divisor_B).flatten(-2).to(x.dtype)
+
+
+class ErrorSums(NamedTuple):
+    """float64 sums over a weight w and its quantized value d: what errors are made of."""
+
+    square: float  # sum w^2
+    quantized_square: float  # sum d^2
+    product: float  # sum w d
+    error_square: float  # sum (w - d)^2
+
+
+def compare(w: Tensor, q: NVFP4Tensor) -> ErrorSums:
+    """How far q is from the bfloat16 weight w [N, K] that it should stand for.
+
+    ValueError: a dtype or shape that does not fit.
+    """
+    check_comparable(w, q)
+    w, d = w.double(), dequantize(q).double()
+    sums = (w.square().sum(), d.square().sum(), (w * d).sum(), (w - d).square().sum())
+    return ErrorSums(*(value.item() for value in sums))
 
 
 def check_amax_input(w: Tensor) -> None:
@@ -97,6 +142,46 @@ def check_amax_input(w: Tensor) -> None:
         raise ValueError(
             f"amax needs bfloat16 weights and at least one; got {w.dtype} {tuple(w.shape)}"
         )
+
+
+def check_comparable(w: Tensor, q: NVFP4Tensor) -> None:
+    """ValueError unless q is the packed form of a weight like w; shared with the kernels."""
+    if w.dtype != torch.bfloat16 or q.weight.shape != packed_shape(w.shape):
+        raise ValueError(
+            f"weights must be bfloat16 and of the packed tensor's shape; got {w.dtype}"
+            f" {tuple(w.shape)} for codes {tuple(q.weight.shape)}"
+        )
+
+
+def check_activations(x: Tensor) -> None:
+    """ValueError unless x divides into blocks; shared with the kernels."""
+    if not x.is_floating_point() or x.shape[-1] % BLOCK_SIZE:
+        raise ValueError(
+            f"activations must be floating-point, of a multiple of {BLOCK_SIZE} columns; got"
+            f" {x.dtype} {tuple(x.shape)}"
+        )
+
+
+def expanded(q: NVFP4Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """Check the arguments of dequantize; return out, or a new tensor on q's device. Shared with the
+    kernels.
+    """
+    num_rows, num_bytes = q.weight.shape
+    if q.weight_scale.shape != scale_shape((num_rows, 2 * num_bytes)):
+        raise ValueError(
+            f"block scales {tuple(q.weight_scale.shape)} do not fit codes {tuple(q.weight.shape)}"
+        )
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16; got {dtype}")
+    shape = (num_rows, 2 * num_bytes)
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=q.weight.device)
+    if (out.dtype, tuple(out.shape), out.device) != (dtype, shape, q.weight.device):
+        raise ValueError(
+            f"out must be {dtype} {shape} on {q.weight.device}; got {out.dtype}"
+            f" {tuple(out.shape)} on {out.device}"
+        )
+    return out
 
 
 def outputs(w: Tensor, scale_2: Tensor, out: NVFP4Tensor | None) -> NVFP4Tensor:

@@ -1,12 +1,16 @@
 """The fast path of nvfp4.py: the same functions, bit for bit, on the device where the weight lies.
 
-CPU tensors go to cpu.py (numba, one core, releases the GIL), CUDA tensors to gpu.py (Triton).
+CPU tensors go to cpu.py (numba, one core, releases the GIL), CUDA tensors to gpu.py (Triton);
+what torch itself does fast enough there, and other devices, to lookup.py.
 """
 
+import torch
 from torch import Tensor
 
-from fourge.formats.kernels import cpu
-from fourge.formats.nvfp4 import NVFP4Tensor
+from fourge.formats.kernels import cpu, lookup
+from fourge.formats.nvfp4 import ErrorSums, NVFP4Tensor
+from fourge.formats.nvfp4 import compare as _compare
+from fourge.formats.nvfp4 import quantize_activations as _quantize_activations
 
 
 def amax(w: Tensor) -> float:
@@ -25,6 +29,27 @@ def quantize(w: Tensor, scale_2: Tensor, out: NVFP4Tensor | None = None) -> NVFP
 
         return gpu.quantize(w, scale_2, out)
     return cpu.quantize(w, scale_2, out)
+
+
+def dequantize(
+    q: NVFP4Tensor, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
+    """As nvfp4.dequantize, on any device."""
+    if q.weight.device.type == "cpu":
+        return cpu.dequantize(q, dtype, out)
+    return lookup.dequantize(q, dtype, out)
+
+
+def quantize_activations(x: Tensor, input_scale: Tensor) -> Tensor:
+    """As nvfp4.quantize_activations, on any device."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        return cpu.quantize_activations(x, input_scale)
+    return _quantize_activations(x, input_scale)
+
+
+def compare(w: Tensor, q: NVFP4Tensor) -> ErrorSums:
+    """As nvfp4.compare, to the rounding of float64 sums."""
+    return cpu.compare(w, q) if w.device.type == "cpu" else _compare(w, q)
 
 
 def _on_cuda(w: Tensor) -> bool:

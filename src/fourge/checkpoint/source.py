@@ -175,6 +175,6 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
 def not_finite(name: str) -> CheckpointError:
     """The error for a weight that is NaN or infinite."""
     return CheckpointError(
-        f"tensor {name} holds NaN or infinite values; the source is damaged: download the shard"
+        f"tensor {name} holds NaN or infinite values: the checkpoint is damaged; download the shard"
         " again, or ask its publisher."
     )

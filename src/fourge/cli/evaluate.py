@@ -147,7 +147,7 @@ def _show(document: dict, path: Path) -> None:
         say(f"warning: {warning}")
     if receipt["calibration_overlap"]:
         names = ", ".join(receipt["calibration_overlap"])
-        say(f"note: {names} was calibration data of this checkpoint too")
+        say(f"note: this checkpoint was calibrated with {names} too")
     say(
         f"{data['tokens']:,} tokens in {data['windows']:,} windows, {duration(receipt['seconds'])}"
         f" on {receipt['device']}, peak memory {format_bytes(receipt['peak_resident_bytes'])} of"

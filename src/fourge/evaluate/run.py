@@ -8,6 +8,7 @@ Killed anywhere, the same call goes on from the files that have their final name
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 
 from fourge.checkpoint.header import TensorInfo
 from fourge.checkpoint.names import parse
-from fourge.checkpoint.source import FileReader, TensorStream, read_all_tensors
+from fourge.checkpoint.source import FileReader, TensorStream, check_finite, read_all_tensors
 from fourge.checkpoint.writer import write_json
 from fourge.errors import CheckpointError
 from fourge.evaluate import scoring
@@ -138,6 +139,7 @@ def _run_layers(job: Job, progress: Progress) -> None:
                     progress.advance(work=nbytes * tokens * share, tokens=tokens)
                 progress.advance(read=_layer_bytes(model, layer))
         record = attribute(job.reference, job.others, job.config, layer, job.tokens)
+        _check_outcome(job, record)
         write_json(_record_path(job, layer), record)
         for one in (job.reference, *job.others):
             one.forget_before(layer + 1)
@@ -156,12 +158,40 @@ def _run_layer(
     scales = _input_scales(job, model, layer)
     with LayerPassage(model, layer, rope, device=job.device) as passage:
         for group in model.groups[layer]:
-            local = {parse(name).suffix: tensor for name, tensor in next(stream).items()}
+            weights = next(stream)
+            _check_weights(model, weights)
+            local = {parse(name).suffix: tensor for name, tensor in weights.items()}
             nbytes = sum(info.nbytes for info in group.tensors)
             for batch in job.batches:
                 passage.run(group, local, batch, scales)
                 yield nbytes, batch.tokens
         passage.commit()
+
+
+def _check_weights(model: Model, weights: Weights) -> None:
+    """CheckpointError if a weight or a scale of it is NaN or infinite; ``input_scale`` is checked
+    by those who use it.
+    """
+    for name, tensor in weights.items():
+        if tensor.dtype == torch.float8_e4m3fn:
+            # E4M3 has no infinity; NaN is all ones but the sign.
+            tensor = torch.where(tensor.view(torch.uint8) & 0x7F == 0x7F, torch.nan, 0.0)
+        if tensor.is_floating_point() and not name.endswith(".input_scale"):
+            check_finite(f"{name} of {model.source.folder}", tensor)
+
+
+def _check_outcome(job: Job, record: Mapping) -> None:
+    """CheckpointError if finite weights led to values that are not, as scales do that are far too
+    large: no figure could be made of them.
+    """
+    for model in job.models:
+        for stream in model.streams:
+            if stream in job.others and not math.isfinite(record[stream.name]["hidden_error"]):
+                raise CheckpointError(
+                    f"layer {record['layer']} of {model.source.folder} gives values that are NaN or"
+                    f" infinite (lane {stream.lane}): its scales are damaged or far too large; run"
+                    " fourge doctor on it."
+                )
 
 
 def _input_scales(job: Job, model: Model, layer: int) -> InputScales | None:
@@ -173,10 +203,14 @@ def _input_scales(job: Job, model: Model, layer: int) -> InputScales | None:
         values = read_all_tensors(files, input_scale_tensors(infos))
     local = {parse(name).suffix: value for name, value in values.items()}
     scales = input_scales(local, job.config, scales_of=job.scales_of)
-    for name, scale_E in scales._asdict().items():
-        if not bool(((scale_E > 0) & torch.isfinite(scale_E)).all()):
-            raise CheckpointError(
-                f"layer {layer} of {model.source.folder} has an input_scale ({name}) that is not a"
-                " positive number: run fourge doctor on it, or evaluate with --lane w4a16."
-            )
+    if not all(bool(_are_scales(scale_E).all()) for scale_E in scales):
+        name = next(name for name, value in values.items() if not bool(_are_scales(value).all()))
+        raise CheckpointError(
+            f"{name} of {model.source.folder} is {values[name].item()}, not a positive number: run"
+            " fourge doctor on it, or evaluate with --lane w4a16."
+        )
     return InputScales(*(scale_E.to(job.device) for scale_E in scales))
+
+
+def _are_scales(values: torch.Tensor) -> torch.Tensor:
+    return (values > 0) & torch.isfinite(values)

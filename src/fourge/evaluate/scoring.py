@@ -95,7 +95,7 @@ def _final_norm(model: Model, device: torch.device) -> torch.Tensor:
     buffer = torch.empty(info.nbytes, dtype=torch.uint8)
     with FileReader(model.source.folder) as files:
         (_, rows), *_ = read_pieces(files, info, buffer)
-        check_finite(info.name, rows)
+        check_finite(f"{info.name} of {model.source.folder}", rows)
         return rows.flatten().clone().to(device)
 
 
@@ -113,6 +113,6 @@ def _head_pieces(
         for pieces in zip(*readers, strict=True):
             heads = {}
             for model, (_, rows) in zip(models, pieces, strict=True):
-                check_finite(_head_info(model).name, rows)
+                check_finite(f"{_head_info(model).name} of {model.source.folder}", rows)
                 heads[model.name] = rows.to(device).float()
             yield pieces[0][0], heads

@@ -11,6 +11,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,7 @@ from fourge.calibrate.corpus import Corpus, PassSpec, Progress
 from fourge.calibrate.sources import identify_data
 from fourge.checkpoint.names import Role, parse
 from fourge.checkpoint.writer import write_json
-from fourge.errors import CheckpointError, ConfigError
+from fourge.errors import CheckpointError, ConfigError, OutputError
 from fourge.evaluate import receipt as receipts
 from fourge.evaluate.divergence import Positions
 from fourge.evaluate.figures import lane_figures, paired
@@ -104,9 +105,10 @@ def run_request(request: Request, *, on_data: Progress, on_progress: OnProgress)
     began = time.monotonic()
     setting = _look_over(request)
     paths = _record_paths(setting)
-    if (done := _finished(paths)) is not None:
-        return Outcome(done, paths, was_finished=True)
     work = (request.work or paths[0].parent) / f"work-{setting.id}"
+    if (done := _finished(paths)) is not None:
+        _remove_left(work)
+        return Outcome(done, paths, was_finished=True)
     with own_folders(*(path.parent for path in paths), work), locked(work):
         if (done := _finished(paths)) is not None:
             return Outcome(done, paths, was_finished=True)
@@ -228,8 +230,16 @@ def _record_paths(setting: _Setting) -> list[Path]:
 
 
 def _finished(paths: Sequence[Path]) -> list[dict] | None:
-    records = [read_record(path) for path in paths]
-    return None if None in records else [record for record in records if record is not None]
+    records = [record for path in paths if "receipt" in (record := read_record(path) or {})]
+    return records if len(records) == len(paths) else None
+
+
+def _remove_left(work: Path) -> None:
+    """What a process left that was killed after its records were written."""
+    with suppress(OSError, OutputError):
+        if work.is_dir():
+            with locked(work):
+                shutil.rmtree(work)
 
 
 def _corpus(setting: _Setting, work: Path, on_data: Progress) -> Corpus:

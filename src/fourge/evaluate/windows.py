@@ -7,7 +7,7 @@ tokens; no two records share a window. Kinds share the number of tokens evenly.
 from collections.abc import Sequence
 from pathlib import Path
 
-from fourge.calibrate.corpus import Corpus, PassSpec, Progress, build_corpus
+from fourge.calibrate.corpus import MAX_PASSES, Corpus, PassSpec, Progress, build_corpus
 from fourge.calibrate.sources import DatasetId, find_data
 from fourge.errors import DataError
 from fourge.evaluate.figures import Windows
@@ -38,6 +38,11 @@ def kinds_of(data: Sequence[str]) -> dict[str, tuple[str, ...]]:
 def pass_specs(data: Sequence[str], *, tokens: int, context: int, seed: int) -> list[PassSpec]:
     """One pass per kind of ``data``. DataError where the tokens do not suffice for all kinds."""
     kinds = kinds_of(data)
+    if len(kinds) > MAX_PASSES:
+        raise DataError(
+            f"there are {len(kinds)} kinds of data, at most {MAX_PASSES} can be told apart: give"
+            " files a kind in common, --data KIND=FOLDER."
+        )
     share = tokens // len(kinds)
     if share < LEAST_TOKENS:
         raise DataError(

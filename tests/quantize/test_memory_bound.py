@@ -1,51 +1,13 @@
-"""--memory is a bound that the operating system can confirm: peak resident memory of real runs.
+"""--memory is a bound that the operating system can confirm: peak resident memory of real runs."""
 
-The peak is VmHWM of /proc/PID/status of a freshly started interpreter, looked at while it runs;
-ru_maxrss would carry over from the process that forked it.
-"""
-
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
 from random_checkpoint import published_config, write_checkpoint, write_input_ids
-
-MIB = 1 << 20
-
-
-class Run(NamedTuple):
-    status: int
-    stderr: str
-    peak: int  # bytes
-
-
-def run_watched(*arguments: object) -> Run:
-    """Run fourge in a new interpreter and watch its resident memory."""
-    command = [sys.executable, "-m", "fourge.cli.main", *map(str, arguments)]
-    peak = 0
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None:
-            peak = max(peak, high_water(process.pid))
-            time.sleep(0.005)
-        assert process.stderr is not None
-        return Run(process.returncode, process.stderr.read(), peak)
-
-
-def high_water(pid: int) -> int:
-    """VmHWM in bytes; 0 when the process is gone."""
-    try:
-        match = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return int(match[1]) * 1024 if match else 0
+from watched_process import MIB, roomy_folder, run_watched, smallest_memory
 
 
 def make_model(folder: Path, **sizes: Any) -> Path:
@@ -56,24 +18,10 @@ def checkpoint_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def smallest_memory(source: Path, options: tuple[object, ...], out: Path) -> int:
-    """What a run that was given too little says that it needs, in bytes."""
-    result = run_watched("quantize", source, out, *options, "--memory", "100MiB")
-    assert result.status == 2, result.stderr
-    units = {"MiB": MIB, "GiB": 1024 * MIB}
-    sizes = re.findall(r"([\d.]+) ?(MiB|GiB)", result.stderr)
-    return max(int(float(number) * units[unit]) for number, unit in sizes)
-
-
 @pytest.fixture(scope="module")
 def roomy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder in memory if there is room: else every run would wait for the disk to take 1 GB."""
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shutil.disk_usage(shared).free < 3 << 30:
-        yield tmp_path_factory.mktemp("roomy")
-        return
-    with tempfile.TemporaryDirectory(dir=shared, prefix="fourge-test-") as folder:
-        yield Path(folder)
+    with roomy_folder(tmp_path_factory.mktemp("roomy"), needed=3 << 30) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +51,7 @@ def test_the_peak_stays_under_the_budget_whatever_the_checkpoint_weighs(
 ) -> None:
     """The smallest budget, nearly, and one for some 15 experts more; both far below the weights."""
     options = ("--data", data, "--dtype", dtype)
-    smallest = smallest_memory(large, options, roomy / "refused")
+    smallest = smallest_memory("quantize", large, roomy / "refused", *options)
     budget = smallest + spare * MIB
     assert budget < 0.85 * checkpoint_bytes(large)
 

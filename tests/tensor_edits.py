@@ -1,0 +1,33 @@
+"""Change tensors of a written checkpoint, index included; for tests that need a damaged one."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+INDEX = "model.safetensors.index.json"
+
+
+def edit_tensors(
+    folder: Path, ending: str, change: Callable[[torch.Tensor], torch.Tensor | None]
+) -> int:
+    """Replace every tensor whose name ends so by ``change`` of it; None takes it away. Returns how
+    many there were.
+    """
+    path = folder / INDEX
+    index = json.loads(path.read_text())
+    places = index["weight_map"]
+    chosen = [name for name in places if name.endswith(ending)]
+    for file in sorted({places[name] for name in chosen}):
+        tensors = load_file(folder / file)
+        for name in [name for name in chosen if places[name] == file]:
+            changed = change(tensors.pop(name))
+            if changed is None:
+                del places[name]
+            else:
+                tensors[name] = changed.contiguous()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    path.write_text(json.dumps(index))
+    return len(chosen)

@@ -165,7 +165,8 @@ def _warm_up(main: Callable[[], None]) -> None:
 
     from fourge.formats import kernels, nvfp4
 
-    importlib.import_module("fourge.quantize.start")  # which the verb does when it is called
+    for verb in ("quantize", "evaluate"):
+        importlib.import_module(f"fourge.{verb}.start")  # which the verb does when it is called
     weights = torch.ones(16, 16, dtype=torch.bfloat16)
     kernels.quantize(weights, nvfp4.weight_scale_2(kernels.amax(weights)))
     sys.argv = ["fourge", "--version"]

@@ -21,7 +21,7 @@ LONG = published_config(num_hidden_layers=NUM_LAYERS, n_routed_experts=12)
 # A shared indexer takes its selection over from files, which must survive as well.
 SHORT = published_config(num_hidden_layers=3, index_topk_freq=2, index_skip_topk_offset=2)
 # Every so many changes of the file system one is hit, and so many at the end one by one.
-STEP, TAIL = 20, 18
+STEP, TAIL = 30, 16
 # What a receipt says of the run and not of its result.
 OF_THE_RUN = {
     "finished_at",
@@ -141,7 +141,7 @@ def test_killed_at_random_instants_it_ends_with_the_figures_of_an_undisturbed_ru
     long: Case, tmp_path: Path
 ):
     chance, kills = random.Random(7), 0
-    for round_number in range(3):
+    for round_number in range(2):
         record = tmp_path / str(round_number)
         while True:
             process = start(*long.command(record))
@@ -154,7 +154,7 @@ def test_killed_at_random_instants_it_ends_with_the_figures_of_an_undisturbed_ru
             kills += 1
         assert found(ended) == long.whole
         check_left(record, long)
-    assert kills >= 3
+    assert kills >= 2
 
 
 def test_killed_before_a_change_of_the_file_system_it_ends_with_the_same_figures(

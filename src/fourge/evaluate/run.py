@@ -9,6 +9,7 @@ Killed anywhere, the same call goes on from the files that have their final name
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from fourge.evaluate.streams import LayerPassage, Model, input_scale_tensors, in
 from fourge.layerwise.budget import STAGING_BYTES
 from fourge.layerwise.embedding import look_up, pieces_of
 from fourge.layerwise.folders import remove_partial
+from fourge.layerwise.groups import Group
 from fourge.layerwise.machine import device_bytes
 from fourge.layerwise.progress import OnProgress, Progress
 from fourge.models.moe import InputScales
@@ -122,11 +124,7 @@ def _run_layers(job: Job, progress: Progress) -> None:
     left = _layers_left(job)
     rope = rope_table(job.config, int(job.corpus.lengths.max()), job.device)
     todo = [(layer, model) for layer in left for model in job.models if model.pending(layer)]
-    groups = [
-        [_anchored(info, model) for info in group.tensors]
-        for layer, model in todo
-        for group in model.groups[layer]
-    ]
+    groups = [_anchored(group, model) for layer, model in todo for group in model.groups[layer]]
     # Absolute names, so that one stream reads ahead across all checkpoints.
     weights = iter(TensorStream(Path("/"), groups, device=job.device, staging_bytes=STAGING_BYTES))
     for layer in left:
@@ -145,8 +143,9 @@ def _run_layers(job: Job, progress: Progress) -> None:
             one.forget_before(layer + 1)
 
 
-def _anchored(info: TensorInfo, model: Model) -> TensorInfo:
-    return info._replace(file=str(model.source.folder.resolve() / info.file))
+def _anchored(group: Group, model: Model) -> list[TensorInfo]:
+    folder = str(model.source.folder.absolute())
+    return [info._replace(file=os.path.join(folder, info.file)) for info in group.tensors]
 
 
 def _run_layer(

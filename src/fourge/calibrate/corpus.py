@@ -48,6 +48,7 @@ class PassSpec:
 
     ``open_ended``: the recipe names no number, so fewer than ``samples`` are no shortage.
     ``most_tokens``: the pass ends with the sample that reaches it, which is cut there.
+    ``from_recipe``: its limits can be changed there, so messages may say so.
     """
 
     name: str
@@ -58,6 +59,7 @@ class PassSpec:
     seed: int
     open_ended: bool = False
     most_tokens: int | None = None
+    from_recipe: bool = True
 
 
 @dataclass(frozen=True)
@@ -246,18 +248,20 @@ def _check_bad_share(spec: PassSpec, sources: Sequence[Source], max_bad_share: f
     bad = total.bad.total()
     if bad <= max_bad_share * total.records:
         return
+    remedy = ", or raise max_bad_share in the recipe" if spec.from_recipe else ""
     raise DataError(
         f"{bad:,} of {total.records:,} records ({bad / total.records:.1%}) of pass {spec.name}"
-        f" cannot be used, more than {max_bad_share:.0%}: {_examples(total)}. Mend or remove them,"
-        " or raise max_bad_share in the recipe."
+        f" cannot be used, more than {max_bad_share:.0%}: {_examples(total)}. Mend or remove them"
+        f"{remedy}."
     )
 
 
 def _nothing_found(filled: _Filled) -> str:
     name = filled.spec.name
+    remedy = ", or lower min_tokens in the recipe" if filled.spec.from_recipe else ""
     return (
         f"pass {name} found no sample in {_records_and_losses(filled)}. Give it other data (--data"
-        f" {name}=PATH), or lower min_tokens in the recipe."
+        f" {name}=PATH){remedy}."
     )
 
 

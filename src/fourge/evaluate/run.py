@@ -108,6 +108,8 @@ def _embed(job: Job, progress: Progress) -> None:
             continue
         progress.stage("embedding", layers_done=0)
         info = model.source.tensors["model.embed_tokens.weight"]
+        # Several checkpoints have one, and messages hold the name.
+        info = info._replace(name=f"{info.name} of {model.source.folder}")
         files = [stream.entering(job.config, 0).create() for stream in streams]
         try:
             with FileReader(model.source.folder) as reader:

@@ -58,6 +58,7 @@ def pass_specs(data: Sequence[str], *, tokens: int, context: int, seed: int) -> 
             seed=seed,
             open_ended=True,
             most_tokens=share,
+            from_recipe=False,
         )
         for kind, places in kinds.items()
     ]

@@ -63,10 +63,10 @@ def own_folders(*folders: Path) -> Iterator[None]:
     """Make folders, and take away again those that are still empty at the end."""
     made = [one for folder in folders for one in (*reversed(folder.parents), folder)]
     made = [folder for folder in dict.fromkeys(made) if not folder.exists()]
-    for folder in folders:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
     try:
+        for folder in folders:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         for folder in reversed(made):

@@ -372,6 +372,23 @@ def test_conversations_of_a_folder_are_evaluated_kind_by_kind(tiny_glm: Path, tm
     assert not (tiny_glm / "fourge").exists()
 
 
+def test_another_chat_template_makes_another_evaluation(tiny_glm: Path, tmp_path: Path):
+    reference = shutil.copytree(tiny_glm, tmp_path / "reference")
+    data = tiny_glm.parent / "evaluation" / "broad.jsonl"
+    command = (
+        tiny_glm, "--reference", reference, "--data", data,
+        "--record", tmp_path / "record", "--lane", "w4a16", "--tokens", 100,
+    )  # fmt: skip
+    first = evaluate(*command)
+    template = reference / "chat_template.jinja"
+    template.write_text("Once upon a time" + template.read_text())
+
+    other = evaluate(*command)
+
+    assert other["receipt"]["data"]["sha256"] != first["receipt"]["data"]["sha256"]
+    assert other["receipt"]["comparable"] != first["receipt"]["comparable"]
+
+
 # -- several candidates ---------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import torch
 
 from fourge.calibrate.corpus import Corpus
 from fourge.evaluate import scoring
+from fourge.evaluate.figures import WINDOW_BYTES
 from fourge.evaluate.streams import FLOOR, REFERENCE, Model, Stream
 from fourge.layerwise.activations import Batch
 from fourge.layerwise.budget import (
@@ -63,15 +64,18 @@ class Job:
 
 
 def plan_memory(
-    sources: Sequence[Source], load: Load, tokens: int, num_streams: int, budget: Budget
+    sources: Sequence[Source], load: Load, lengths: Sequence[int], num_streams: int, budget: Budget
 ) -> MemoryPlan:
-    """Fit the run into ``budget``; BudgetError, with the smallest that works, if it cannot."""
-    config = sources[0].config
+    """Fit the run over windows of these lengths into ``budget``; BudgetError, with the smallest
+    that works, if it cannot.
+    """
+    config, tokens = sources[0].config, sum(lengths)
     device = "cuda" if budget.on_device else "cpu"
     # The reference computes in FP32, so that is what temporaries are reckoned with.
     compute = compute_bytes(config, load, itemsize=FLOAT32)
     attribution = 4 * ROWS * config.hidden_size * 8
     kept = tokens * 4 + scoring.token_bytes(tokens, num_streams)
+    kept += len(lengths) * num_streams * WINDOW_BYTES
     score = scoring.working_bytes(config, len(sources), num_streams, device)
     looked_up = embedding_bytes(config, tokens, load) + COPY_BUFFER_BYTES
     needs = Needs(

@@ -50,7 +50,13 @@ from fourge.layerwise.machine import (
 )
 from fourge.layerwise.progress import OnProgress
 from fourge.models.footprint import FLOAT32, Load
-from fourge.models.survey import Source, config_digest, survey, survey_quantized
+from fourge.models.survey import (
+    Source,
+    config_digest,
+    file_digests,
+    survey,
+    survey_quantized,
+)
 
 EVALUATION_FOLDER = "evaluation"
 
@@ -141,6 +147,7 @@ def _look_over(request: Request) -> _Setting:
         "fourge": __version__,
         "method": receipts.METHOD,
         "checkpoints": [_identify(source) for source in sources],
+        "text": _text_digests(reference),
         "data": {spec.name: identify_data(spec.data) for spec in specs},
         "lanes": request.lanes,
         "tokens": request.tokens,
@@ -219,6 +226,12 @@ def _identify(source: Source) -> dict:
     }
 
 
+def _text_digests(reference: Source) -> dict[str, str]:
+    """Of tokenizer and chat template among others: what makes tokens of text."""
+    files = tuple(path for path in reference.other_files if len(path.parts) == 1)
+    return file_digests(replace(reference, other_files=files))
+
+
 def _record_paths(setting: _Setting) -> list[Path]:
     chosen = setting.request.record
     paths = []
@@ -263,7 +276,7 @@ def _plan(setting: _Setting, corpus: Corpus, work: Path) -> Job:
         device_memory=request.device_memory,
         itemsize=FLOAT32,
     )
-    memory = plan_memory(sources, load, sum(lengths), num_streams, budget)
+    memory = plan_memory(sources, load, lengths, num_streams, budget)
     models = make_models(sources, request.lanes, setting.dtype, work, memory)
     kept = sum(path.stat().st_blocks * 512 for path in work.rglob("*.bin"))
     check_space([(work, max(0, disk_bytes(models, sum(lengths)) - kept))])

@@ -21,7 +21,7 @@ LONG = published_config(num_hidden_layers=NUM_LAYERS, n_routed_experts=12)
 # A shared indexer takes its selection over from files, which must survive as well.
 SHORT = published_config(num_hidden_layers=3, index_topk_freq=2, index_skip_topk_offset=2)
 # Every so many changes of the file system one is hit, and so many at the end one by one.
-STEP, TAIL = 30, 16
+STEP, TAIL = 40, 14
 # What a receipt says of the run and not of its result.
 OF_THE_RUN = {
     "finished_at",
@@ -70,7 +70,7 @@ def make_case(
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("long")
-    return make_case(folder, LONG, lane="both", candidates=1, sequences=16, length=160)
+    return make_case(folder, LONG, lane="both", candidates=1, sequences=10, length=160)
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +226,7 @@ def test_what_is_found_again_was_the_same_request(long: Case, tmp_path: Path):
     again = run(*command, "--memory", "3GiB")
     assert "already done" in again.stderr
     assert len(list(tmp_path.iterdir())) == 1
-    for number, options in enumerate(
-        (["--seed", 1], ["--context", 90], ["--per-expert-input-scale"]), start=2
-    ):
+    for number, options in enumerate((["--context", 90], ["--per-expert-input-scale"]), start=2):
         done = run(*command, *options)
         assert done.status == 0, done.stderr
         assert "already done" not in done.stderr
@@ -335,8 +333,8 @@ def test_work_that_was_changed_from_outside_is_told(name: str, long: Case, tmp_p
 def test_a_write_that_fails_ends_in_one_sentence_and_the_same_command_goes_on(
     long: Case, tmp_path: Path
 ):
-    # The reference's hidden states take 16 x 160 rows of 64 float32 values, all other files less.
-    limit = 16 * 160 * 64 * 4 - 1
+    # The reference's hidden states take 10 x 160 rows of 64 float32 values, all other files less.
+    limit = 10 * 160 * 64 * 4 - 1
     failed = run(*long.command(tmp_path), file_limit=limit)
     refused(failed, "hidden-00000.bin", "File too large")
     assert found(run(*long.command(tmp_path))) == long.whole

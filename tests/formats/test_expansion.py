@@ -105,3 +105,15 @@ def test_error_sums_tell_the_relative_error():
     assert 0.994 < cosine < 0.998
     with pytest.raises(ValueError, match="packed tensor's shape"):
         kernels.compare(w[:, :128], q)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 1024)])
+def test_scale_bytes_are_counted_as_the_reference_does(shape):
+    generator = torch.Generator().manual_seed(2)
+    stored = torch.randint(0, 256, shape, generator=generator).byte()
+    scales = stored.view(torch.float8_e4m3fn)
+    counts = kernels.count_scales(scales)
+    assert counts == nvfp4.count_scales(scales)
+    assert counts[stored[0, 0]] == (stored == stored[0, 0]).sum()
+    assert sum(counts) == stored.numel()
+    assert kernels.count_scales(scales.T) == counts

@@ -136,6 +136,12 @@ def compare(w: Tensor, q: NVFP4Tensor) -> ErrorSums:
     return ErrorSums(*(value.item() for value in sums))
 
 
+def count_scales(weight_scale: Tensor) -> list[int]:
+    """How often each of the 256 bytes stands in block scales (float8_e4m3fn, any shape)."""
+    stored = weight_scale.contiguous().view(torch.uint8).flatten()
+    return torch.bincount(stored.long(), minlength=256).tolist()
+
+
 def check_amax_input(w: Tensor) -> None:
     """ValueError unless w is bfloat16 and has elements; shared with the kernels."""
     if w.dtype != torch.bfloat16 or not w.numel():

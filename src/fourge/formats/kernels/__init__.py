@@ -10,6 +10,7 @@ from torch import Tensor
 from fourge.formats.kernels import cpu, lookup
 from fourge.formats.nvfp4 import ErrorSums, NVFP4Tensor
 from fourge.formats.nvfp4 import compare as _compare
+from fourge.formats.nvfp4 import count_scales as _count_scales
 from fourge.formats.nvfp4 import quantize_activations as _quantize_activations
 
 
@@ -50,6 +51,12 @@ def quantize_activations(x: Tensor, input_scale: Tensor) -> Tensor:
 def compare(w: Tensor, q: NVFP4Tensor) -> ErrorSums:
     """As nvfp4.compare, to the rounding of float64 sums."""
     return cpu.compare(w, q) if w.device.type == "cpu" else _compare(w, q)
+
+
+def count_scales(weight_scale: Tensor) -> list[int]:
+    """As nvfp4.count_scales, on any device."""
+    on_cpu = weight_scale.device.type == "cpu"
+    return cpu.count_scales(weight_scale) if on_cpu else _count_scales(weight_scale)
 
 
 def _on_cuda(w: Tensor) -> bool:

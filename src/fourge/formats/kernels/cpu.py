@@ -96,6 +96,13 @@ def compare(w: Tensor, q: NVFP4Tensor) -> ErrorSums:
     return ErrorSums(*sums.tolist())
 
 
+def count_scales(weight_scale: Tensor) -> list[int]:
+    """As nvfp4.count_scales."""
+    counts = np.zeros((4, 256), np.int64)
+    _count_bytes(weight_scale.contiguous().view(torch.uint8).numpy().reshape(-1), counts)
+    return counts.sum(axis=0).tolist()
+
+
 def _stored(q: NVFP4Tensor) -> tuple[Array, Array]:
     """Packed codes and E4M3 bytes, flat."""
     packed = q.weight.contiguous().numpy().reshape(-1)
@@ -301,3 +308,16 @@ def _error_sums(
                 sums[1] += d * d
                 sums[2] += w * d
                 sums[3] += (w - d) * (w - d)
+
+
+@njit("void(uint8[::1], int64[:, ::1])", nogil=True, cache=True)
+def _count_bytes(bytes_V: Array, counts: Array) -> None:
+    """Four tables, since neighbours are often equal and would wait for each other's sum."""
+    whole = bytes_V.size - bytes_V.size % 4
+    for i in range(0, whole, 4):
+        counts[0, bytes_V[i]] += 1
+        counts[1, bytes_V[i + 1]] += 1
+        counts[2, bytes_V[i + 2]] += 1
+        counts[3, bytes_V[i + 3]] += 1
+    for i in range(whole, bytes_V.size):
+        counts[0, bytes_V[i]] += 1

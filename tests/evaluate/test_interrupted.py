@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -176,12 +177,11 @@ def test_killed_before_a_change_of_the_file_system_it_ends_with_the_same_figures
         check_left(record, short)
         return True
 
-    number = next(number for number in range(1, 1000, STEP) if not kill_and_go_on(number))
-    assert number > 100
-    kills = 0
-    while kills < TAIL:
-        number -= 1
-        kills += kill_and_go_on(number)
+    beyond = next(number for number in range(1, 1000, STEP) if not kill_and_go_on(number))
+    assert beyond > 100
+    near = range(beyond - STEP, beyond)
+    end = near[0] + bisect_left(near, True, key=lambda number: not kill_and_go_on(number))
+    assert all(kill_and_go_on(number) for number in range(end - TAIL, end - 1))
     assert [contents(folder) for folder in (*short.candidates, short.reference)] == before
 
 

@@ -19,10 +19,10 @@ def edit_tensors(
     path = folder / INDEX
     index = json.loads(path.read_text())
     places = index["weight_map"]
-    chosen = [name for name in places if name.endswith(ending)]
-    for file in sorted({places[name] for name in chosen}):
+    chosen = {name: file for name, file in places.items() if name.endswith(ending)}
+    for file in sorted(set(chosen.values())):
         tensors = load_file(folder / file)
-        for name in [name for name in chosen if places[name] == file]:
+        for name in [name for name in chosen if chosen[name] == file]:
             changed = change(tensors.pop(name))
             if changed is None:
                 del places[name]

@@ -29,7 +29,7 @@ from fourge.doctor.comparison import (
 from fourge.doctor.evidence import Evidence
 from fourge.doctor.findings import Finding
 from fourge.doctor.passes import Progress
-from fourge.doctor.scales import check_scalars, input_scale_figures
+from fourge.doctor.scales import check_scalars, expert_place, input_scale_figures
 from fourge.doctor.suspects import Diagnosis, check_diagnoses, diagnose
 from fourge.doctor.unquantized import check_empty, check_unquantized
 
@@ -106,7 +106,7 @@ def _check_against_source(
     weights = Weights(evidence, source)
     experts = comparable(weights, _chosen(evidence, depth.sample))
     comparisons = compare_experts(weights, experts, memory=depth.memory, on_progress=on_progress)
-    told = _explained(evidence, numbers.findings)
+    told = _named(evidence, numbers, EXPLAINED_BY)
     _judge(weights, comparisons, told, on_progress, numbers)
     numbers.figures |= error_figures(comparisons)
     numbers.checked += AGAINST_SOURCE
@@ -121,21 +121,23 @@ def _chosen(evidence: Evidence, sample: bool) -> list[tuple[int, int]]:
 def _judge(
     weights: Weights,
     comparisons: Sequence[Comparison],
-    told: Collection[str],
+    told: set[str],
     on_progress: Progress,
     numbers: Numbers,
 ) -> None:
     """S07, S08, V: what the comparison shows beyond what other rules told."""
     suspects = [one for one in suspicious(comparisons) if one.projection.tensor() not in told]
     numbers.diagnoses = diagnose(weights, suspects, on_progress)
-    numbers.findings += check_zeros(comparisons, told)
-    numbers.findings += check_diagnoses(numbers.diagnoses, told)
+    zeros = list(check_zeros(comparisons, told - _named(weights.evidence, numbers, ("S06",))))
+    numbers.findings += [*zeros, *check_diagnoses(numbers.diagnoses, told)]
+    # What the source explains is no second finding: scales at the end of their range, or below it.
     named = {one.projection.tensor() for one in numbers.diagnoses}
-    # Crowded scales of a projection that is known to be wrong are no second finding.
+    noisy = {place for one in zeros for place in one.places}
     numbers.findings = [
         one
         for one in numbers.findings
-        if one.rule != "S09" or not {place.removesuffix("_scale") for place in one.places} <= named
+        if not (one.rule == "S09" and _weights_of(one) <= named)
+        and not (one.rule == "S06" and _weights_of(one) <= noisy)
     ]
     if is_max_export(numbers.facts):
         numbers.findings += check_bits(comparisons, {*told, *named})
@@ -144,19 +146,23 @@ def _judge(
         numbers.not_checked["V03"] = "holds for max exports only"
 
 
-def _explained(evidence: Evidence, findings: Sequence[Finding]) -> set[str]:
-    """Weights (tensor names) that findings so far name, or whose pair they name."""
-    places = {place for one in findings if one.rule in EXPLAINED_BY for place in one.places}
+def _weights_of(finding: Finding) -> set[str]:
+    """The weights whose scales a finding names."""
+    return {place.removesuffix("_2").removesuffix("_scale") for place in finding.places}
+
+
+def _named(evidence: Evidence, numbers: Numbers, rules: Collection[str]) -> set[str]:
+    """Weights (tensor names) that findings of these rules name, or whose expert they name."""
+    places = {place for one in numbers.findings if one.rule in rules for place in one.places}
     return {
         projection.tensor()
         for projection in evidence.experts.values()
-        if any(
-            place in places
-            for place in (
+        if not places.isdisjoint(
+            (
                 projection.tensor(),
                 projection.tensor("weight_scale"),
                 projection.tensor("weight_scale_2"),
-                projection.tensor().rsplit(".", 2)[0],
+                expert_place(projection),
             )
         )
     }

@@ -9,7 +9,7 @@ holes, duplicates, and an index that disagrees with its shards. Imports no torch
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -90,29 +90,42 @@ def read_header(path: Path) -> list[TensorInfo]:
 
     Raises CheckpointError if the file is truncated or its header is malformed.
     """
-    size = path.stat().st_size
     with path.open("rb") as stream:
-        length_bytes = stream.read(8)
-        length = int.from_bytes(length_bytes, "little")
-        if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise CheckpointError(
-                f"{path} ({size} bytes) is truncated or not a safetensors file: download it again."
-            )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            infos = [_tensor_info(path.name, 8 + length, item) for item in header.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} has a malformed safetensors header ({error}).") from None
+
+        def read(start: int, count: int) -> bytes:
+            stream.seek(start)
+            return stream.read(count)
+
+        return parse_header(str(path), path.stat().st_size, read)
+
+
+def parse_header(place: str, size: int, read: Callable[[int, int], bytes]) -> list[TensorInfo]:
+    """The same for a file of ``size`` bytes, wherever it lies; ``read(start, count)`` gives bytes.
+
+    ``file`` of a tensor is the last part of ``place``.
+    """
+    length_bytes = read(0, min(8, size))
+    length = int.from_bytes(length_bytes, "little")
+    if len(length_bytes) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+        raise CheckpointError(
+            f"{place} ({size} bytes) is truncated or not a safetensors file: download it again."
+        )
+    try:
+        header = json.loads(read(8, length))
+        header.pop("__metadata__", None)
+        file = place.rpartition("/")[2]
+        infos = [_tensor_info(file, 8 + length, item) for item in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{place} has a malformed safetensors header ({error}).") from None
     infos.sort(key=lambda info: (info.start, info.nbytes))
     end = 8 + length
     for info in infos:
         if info.start != end:
-            raise CheckpointError(f"{path}: the data of {info.name} overlaps or leaves a hole.")
+            raise CheckpointError(f"{place}: the data of {info.name} overlaps or leaves a hole.")
         end += info.nbytes
     if end != size:
         raise CheckpointError(
-            f"{path} has {size} bytes but its header describes {end}: it is truncated or has a"
+            f"{place} has {size} bytes but its header describes {end}: it is truncated or has a"
             " garbage tail; download it again."
         )
     return infos

@@ -1,0 +1,237 @@
+"""What the rules look at, gathered once: files, headers, configs, small tensors.
+
+Tolerant throughout: what cannot be read is remembered with its reason, and the rules go on with the
+rest. Nothing larger than a header or a scalar is held.
+"""
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from fourge.checkpoint.header import INDEX_NAME, TensorInfo, parse_header
+from fourge.checkpoint.metadata import CONFIG_NAME, HF_QUANT_CONFIG_NAME
+from fourge.checkpoint.names import PROJECTIONS, Role, TensorName, expert_name, find
+from fourge.doctor.files import Files, read_tensors
+from fourge.errors import CheckpointError
+from fourge.models.config import ModelConfig
+
+JsonObject = dict[str, Any]
+SCALARS = ("weight_scale_2", "input_scale")
+CORRECTION_BIAS = "e_score_correction_bias"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One routed expert's projection on disk: its tensors by part ("weight", "weight_scale", ...)."""
+
+    layer: int
+    expert: int
+    name: str
+    parts: Mapping[str, TensorInfo]
+
+    @property
+    def is_packed(self) -> bool:
+        weight = self.parts.get("weight")
+        return weight is not None and weight.dtype in ("U8", "I8")
+
+    def tensor(self, part: str = "weight") -> str:
+        return expert_name(self.layer, self.expert, self.name, part)
+
+
+@dataclass
+class Evidence:
+    """Everything known of one checkpoint. ``config`` is None where it cannot be understood."""
+
+    files: Files
+    index: dict[str, str] | None = None
+    index_problem: str | None = None
+    shards: dict[str, list[TensorInfo]] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)  # shard -> why
+    raw: JsonObject = field(default_factory=dict)
+    raw_text: str = ""
+    raw_problem: str | None = None
+    config: ModelConfig | None = None
+    hf_quant: JsonObject | None = None
+    hf_quant_problem: str | None = None
+    source: "Evidence | None" = None
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of every shard; of copies, the one that the index names."""
+        result: dict[str, TensorInfo] = {}
+        for file, infos in self.shards.items():
+            for info in infos:
+                if info.name not in result or (self.index or {}).get(info.name) == file:
+                    result[info.name] = info
+        return result
+
+    @cached_property
+    def lost(self) -> set[str]:
+        """Names that the index places in shards which are missing or damaged."""
+        return {
+            name
+            for name, file in (self.index or {}).items()
+            if file in self.damaged and name not in self.tensors
+        }
+
+    @cached_property
+    def names(self) -> dict[str, TensorName | None]:
+        """Each tensor's entry in the name table; None where there is none."""
+        return {name: find(name) for name in self.tensors}
+
+    @cached_property
+    def experts(self) -> dict[tuple[int, int, str], Projection]:
+        """(layer, expert, projection) -> what there is of it."""
+        parts: dict[tuple[int, int, str], dict[str, TensorInfo]] = {}
+        for name, parsed in self.names.items():
+            if parsed is not None and parsed.expert is not None:
+                assert parsed.layer is not None
+                assert parsed.projection is not None
+                assert parsed.part is not None
+                key = (parsed.layer, parsed.expert, parsed.projection)
+                parts.setdefault(key, {})[parsed.part] = self.tensors[name]
+        return {key: Projection(*key, own) for key, own in parts.items()}
+
+    @cached_property
+    def by_layer(self) -> dict[int, dict[int, dict[str, Projection]]]:
+        """layer -> expert -> projection name -> Projection, in order."""
+        layers: dict[int, dict[int, dict[str, Projection]]] = {}
+        for (layer, expert, name), projection in sorted(self.experts.items()):
+            layers.setdefault(layer, {}).setdefault(expert, {})[name] = projection
+        return layers
+
+    @cached_property
+    def scalars(self) -> dict[str, float]:
+        """The value of every float32 scalar of the experts."""
+        wanted = [
+            info
+            for projection in self.experts.values()
+            for part, info in projection.parts.items()
+            if part in SCALARS and info.dtype == "F32" and info.nbytes == 4
+        ]
+        values = {}
+        for info, data in read_tensors(self.files, wanted):
+            values[info.name] = struct.unpack("<f", data)[0] if len(data) == 4 else math.nan
+        return values
+
+    def scalar(self, projection: Projection, part: str) -> float | None:
+        """The value of a projection's scalar; None where there is none."""
+        return self.scalars.get(projection.tensor(part))
+
+    @property
+    def quantization(self) -> JsonObject:
+        """config.json's quantization_config, {} where there is none."""
+        value = self.raw.get("quantization_config")
+        return value if isinstance(value, dict) else {}
+
+    @property
+    def nested(self) -> JsonObject:
+        """The "quantization" object of hf_quant_config.json, {} where there is none."""
+        value = (self.hf_quant or {}).get("quantization")
+        return value if isinstance(value, dict) else {}
+
+    @cached_property
+    def decoder_layers(self) -> range:
+        count = self.config.num_hidden_layers if self.config else 0
+        return range(count)
+
+    @cached_property
+    def mtp_tensors(self) -> dict[str, TensorInfo]:
+        """Tensors of layers after the last decoder layer."""
+        last = len(self.decoder_layers)
+        return {
+            name: self.tensors[name]
+            for name, parsed in self.names.items()
+            if parsed is not None and parsed.layer is not None and parsed.layer >= last
+        }
+
+    def quantized_layers(self) -> set[int]:
+        """Layers with at least one packed expert projection."""
+        return {key[0] for key, projection in self.experts.items() if projection.is_packed}
+
+    def json_file(self, name: str) -> JsonObject | None:
+        """The object in a JSON file; None where it is missing or not an object."""
+        return read_json(self.files, name)[0]
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Content -> id of the tokens that tokenizer.json adds to its vocabulary."""
+        tokenizer = self.json_file("tokenizer.json") or {}
+        added = tokenizer.get("added_tokens") or []
+        return {
+            one["content"]: one["id"]
+            for one in added
+            if isinstance(one, dict) and "content" in one and "id" in one
+        }
+
+
+def gather(files: Files) -> Evidence:
+    """Read headers and JSON files. CheckpointError if this is no checkpoint at all."""
+    evidence = Evidence(files)
+    shards = [name for name in files.sizes if name.endswith(".safetensors") and "/" not in name]
+    if not shards and CONFIG_NAME not in files.sizes and INDEX_NAME not in files.sizes:
+        raise CheckpointError(
+            f"{files.place} holds neither {CONFIG_NAME} nor *.safetensors; give the folder of a"
+            " checkpoint."
+        )
+    raw, evidence.raw_problem = read_json(files, CONFIG_NAME)
+    evidence.raw = raw or {}
+    evidence.hf_quant, evidence.hf_quant_problem = read_json(files, HF_QUANT_CONFIG_NAME)
+    _read_index(evidence)
+    for name in shards:
+        try:
+            evidence.shards[name] = parse_header(
+                name,
+                files.sizes[name],
+                lambda start, count, name=name: files.read(name, start, count),
+            )
+        except CheckpointError as error:
+            evidence.damaged[name] = str(error)
+    for name in sorted(set((evidence.index or {}).values()) - set(files.sizes)):
+        evidence.damaged[name] = f"{name} is named in the index and missing."
+    return evidence
+
+
+def _read_index(evidence: Evidence) -> None:
+    if INDEX_NAME not in evidence.files.sizes:
+        return
+    index, problem = read_json(evidence.files, INDEX_NAME)
+    weight_map = (index or {}).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) for file in weight_map.values()
+    ):
+        evidence.index_problem = problem or "it has no weight_map of names to files"
+        return
+    evidence.index = weight_map
+
+
+def read_json(files: Files, name: str) -> tuple[JsonObject | None, str | None]:
+    """The object in a JSON file, or why there is none."""
+    if name not in files.sizes:
+        return None, "it is missing"
+    try:
+        value = json.loads(files.read(name, 0, files.sizes[name]))
+    except (ValueError, RecursionError) as error:
+        return None, f"it is not JSON ({error})"
+    return (value, None) if isinstance(value, dict) else (None, "it is not a JSON object")
+
+
+def groups(evidence: Evidence, layer: int) -> Iterator[tuple[int, dict[str, Projection]]]:
+    """(expert, its projections) of a layer."""
+    yield from evidence.by_layer.get(layer, {}).items()
+
+
+def is_gated_pair(own: Mapping[str, Projection]) -> bool:
+    """Whether gate and up are both there and packed."""
+    pair = [own.get(name) for name in PROJECTIONS[:2]]
+    return all(one is not None and one.is_packed for one in pair)
+
+
+def is_plain(parsed: TensorName | None) -> bool:
+    """Whether a tensor is one of those that stay as they were."""
+    return parsed is not None and parsed.role != Role.ROUTED_EXPERT

@@ -14,6 +14,7 @@ from fourge.checkpoint.metadata import (
     quantized_config_text,
     read_config,
     refuse_quantized,
+    with_quantization,
 )
 from fourge.errors import CheckpointError, ConfigError
 from hollow_checkpoint import GLM_5_1
@@ -64,6 +65,20 @@ def test_dropping_mtp_changes_one_number():
     assert json.loads(edited)["num_nextn_predict_layers"] == 0
     kept = quantized_config_text(text, EXCLUDED, drop_mtp=False)
     assert edited == kept.replace('"num_nextn_predict_layers": 1', '"num_nextn_predict_layers": 0')
+
+
+@pytest.mark.parametrize("indent", [None, 2, 4])
+def test_a_block_makes_way_for_another_and_nothing_else_changes(indent: int | None):
+    text = json.dumps(GLM_5_1, indent=indent) + "\n"
+    first = quantized_config_text(text, ["*"], drop_mtp=False)
+    assert first != text
+    block = quantization_config(EXCLUDED)
+    assert with_quantization(first, block, drop_mtp=False) == with_quantization(
+        text, block, drop_mtp=False
+    )
+    nested = json.dumps({"a": {"b": 1, "quantization_config": 2}, "quantization_config": 3})
+    edited = json.loads(with_quantization(nested, block, drop_mtp=False))
+    assert edited == {"a": {"b": 1, "quantization_config": 2}, "quantization_config": block}
 
 
 def test_both_files_carry_the_same_list_and_the_keys_that_vllm_demands():

@@ -113,16 +113,31 @@ def quantized_config_text(text: str, excluded: list[str], *, drop_mtp: bool) -> 
 
     With ``drop_mtp``, ``num_nextn_predict_layers`` becomes 0.
     """
+    return with_quantization(text, quantization_config(excluded), drop_mtp=drop_mtp)
+
+
+def with_quantization(text: str, block: dict, *, drop_mtp: bool) -> str:
+    """A config.json with ``block`` as its quantization_config; one that it has makes way for it."""
     wanted = {key: value for key, value in json.loads(text).items() if key != "quantization_config"}
+    text = _without_member(text, "quantization_config")
     if drop_mtp and wanted.get("num_nextn_predict_layers"):
         wanted["num_nextn_predict_layers"] = 0
         text = re.sub(r'("num_nextn_predict_layers"\s*:\s*)\d+', r"\g<1>0", text)
-    wanted["quantization_config"] = quantization_config(excluded)
-    edited = _insert_last(text, "quantization_config", wanted["quantization_config"])
+    wanted["quantization_config"] = block
+    edited = _insert_last(text, "quantization_config", block)
     if _parse_without_duplicates(edited) != wanted:
-        # Duplicate keys or a null quantization_config in the source: the text cannot be kept.
+        # Duplicate keys in the source, or one of that name deeper down: the text cannot be kept.
         edited = json.dumps(wanted, indent=2, ensure_ascii=False) + "\n"
     return edited
+
+
+def _without_member(text: str, key: str) -> str:
+    """The text of a JSON object without its member ``key``, if that follows another."""
+    found = re.search(rf',\s*"{key}"\s*:\s*', text)
+    if found is None:
+        return text
+    _, end = json.JSONDecoder().raw_decode(text, found.end())
+    return text[: found.start()] + text[end:]
 
 
 def _insert_last(text: str, key: str, value: object) -> str:

@@ -56,6 +56,8 @@ class Evidence:
     raw_text: str = ""
     raw_problem: str | None = None
     config: ModelConfig | None = None
+    # config.json with the values that its tensors speak for, where it has others.
+    corrected: JsonObject = field(default_factory=dict)
     hf_quant: JsonObject | None = None
     hf_quant_problem: str | None = None
     source: "Evidence | None" = None

@@ -1,7 +1,7 @@
 """Rules and findings. The catalogue is rules.toml: one entry per rule, for people to read too."""
 
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -10,19 +10,19 @@ from typing import Any
 CATALOGUE = Path(__file__).with_name("rules.toml")
 SEVERITIES = ("error", "warning", "info")
 ENGINES = ("vllm", "sglang", "transformers")
-NAMES_SHOWN = 4
+NAMES_SHOWN = 5
+PLACES_LISTED = 100
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the catalogue. ``needs``: what it takes to check it ("source", "data": whole
-    tensors, so local files; "run": cannot be seen in files at all).
-    """
+    """One entry of the catalogue; its head explains ``repair`` and ``needs``."""
 
     id: str
     severity: str
     title: str
     remedy: str
+    repair: str
     needs: str
     engines: dict[str, str]
 
@@ -42,7 +42,7 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``--json``."""
-        return asdict(self) | {"places": list(self.places[:100])}
+        return asdict(self) | {"places": list(self.places[:PLACES_LISTED])}
 
 
 @cache
@@ -55,6 +55,7 @@ def rules() -> dict[str, Rule]:
             severity=entry["severity"],
             title=entry["title"],
             remedy=entry["remedy"],
+            repair=entry["repair"],
             needs=entry.get("needs", "headers"),
             engines={name: entry[name] for name in ENGINES if name in entry},
         )
@@ -63,10 +64,15 @@ def rules() -> dict[str, Rule]:
 
 
 def found(
-    id: str, where: str | Iterable[str], message: str, *, severity: str | None = None
+    id: str,
+    where: str | Iterable[str],
+    message: str,
+    *,
+    severity: str | None = None,
+    engines: Collection[str] = ENGINES,
 ) -> Finding:
     """A finding of rule ``id`` at one place or several; ``severity`` where it differs from the
-    catalogue's.
+    catalogue's, ``engines`` where not all of those that can suffer do.
     """
     rule = rules()[id]
     places = (where,) if isinstance(where, str) else tuple(where)
@@ -77,7 +83,7 @@ def found(
         count=len(places),
         message=message,
         remedy=rule.remedy,
-        engines=rule.engines,
+        engines={name: told for name, told in rule.engines.items() if name in engines},
         places=places,
     )
 

@@ -97,11 +97,14 @@ class Weights:
         )
         return info if fits else None
 
+    def has_original(self, projection: Projection) -> bool:
+        """Whether the source has a BF16 weight of this projection's shape."""
+        info = self._originals.get(projection.tensor())
+        return info is not None and info.dtype == "BF16" and len(info.shape) == 2
+
     def original(self, projection: Projection) -> Tensor:
         """[out, in] BF16 of the source."""
-        info = self.original_info(projection)
-        assert info is not None
-        return load(self._files, info)
+        return load(self._files, self._originals[projection.tensor()])
 
     def original_of(self, layer: int, expert: int, name: str) -> Tensor | None:
         """The same for any projection, None where the source has none."""

@@ -1,0 +1,159 @@
+"""``--repair OUT``: a whole new checkpoint with everything put right that can be put right exactly.
+
+The input is never changed, and OUT stands alone. What each tensor becomes is decided from headers,
+findings and scalars before anything is written: a copy of its own bytes, a copy of the source's, or
+made anew (plan: replacing.py; numbers: mending.py); files beside the weights: restoring.py;
+writing: rewriting.py. Needs local files.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fourge.doctor.evidence import Evidence
+from fourge.doctor.files import LocalFiles
+from fourge.doctor.findings import Finding, rules
+from fourge.doctor.passes import Progress
+from fourge.doctor.replacing import Replacement, replace_tensors
+from fourge.doctor.restoring import Layers, Restored, restore_files
+from fourge.doctor.rewriting import Rewriting, check_target, write_checkpoint
+from fourge.doctor.sharding import place_tensors
+from fourge.doctor.suspects import Diagnosis
+from fourge.errors import OutputError
+
+# What findings of a rule are put right by.
+MISSING_RULES = {"K01", "K02", "K05", "K06", "M01", "M02", "X01", "X09"}
+INDEX_RULES = {"K03", "K04", "M07"}
+DROP_RULES = {"S11", "Q16", "Q17", "M03"}
+INPUT_RULES = {"A01", "A02", "A03", "A08"}
+
+
+def check_repair(evidence: Evidence, out: Path) -> None:
+    """OutputError if a repair into ``out`` cannot begin; before anything large is read."""
+    for place in (evidence, evidence.source):
+        if place is not None and not isinstance(place.files, LocalFiles):
+            raise OutputError(
+                f"{place.files.place} is not on this machine; --repair copies whole checkpoints:"
+                " download it first."
+            )
+    for place in (evidence, evidence.source):
+        folder = Path(place.files.place).resolve() if place is not None else None
+        own = out.resolve()
+        if folder is not None and (own == folder or folder in own.parents or own in folder.parents):
+            raise OutputError(
+                f"the output folder {out} overlaps {folder}, which is never changed: choose"
+                " another place for it."
+            )
+    check_target(out)
+
+
+def repair(
+    evidence: Evidence,
+    findings: Sequence[Finding],
+    diagnoses: Sequence[Diagnosis],
+    out: Path,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """Write the repaired checkpoint; ``{"written", "done": [...], "not_done": [{rule, why}]}``.
+
+    Nothing is written where nothing can be done. OutputError, BudgetError: see write_checkpoint.
+    """
+    check_repair(evidence, out)
+    replacement = replace_tensors(evidence, findings, diagnoses)
+    ids = [finding.rule for finding in findings]
+    restored = restore_files(evidence, ids, _layers(evidence, replacement))
+    done = _done(findings, replacement, restored)
+    record = {
+        "checkpoint": evidence.files.place,
+        "source": evidence.source.files.place if evidence.source else None,
+        "written": bool(done),
+        "done": [{"rule": rule, "what": what} for rule, what in done.items()],
+        "not_done": [
+            {"rule": rule, "where": finding.where, "why": _why(evidence, finding, replacement)}
+            for finding in findings
+            if (rule := finding.rule) not in done
+        ],
+    }
+    if done:
+        details = {
+            "from_source": replacement.from_source,
+            "made": {name: made.how for name, made in replacement.made.items()},
+            "dropped": replacement.dropped,
+        }
+        rewriting = _rewriting(evidence, replacement, restored)
+        write_checkpoint(out, rewriting, record | {"tensors": details}, on_progress)
+    return record
+
+
+def _layers(evidence: Evidence, replacement: Replacement) -> Layers:
+    """Which layers of the result are quantized."""
+    decoder = range(replacement.num_layers)
+    packed = replacement.packed_layers
+    extra = sorted(layer for layer in replacement.present_layers if layer not in decoder)
+    return Layers(
+        unquantized=tuple(layer for layer in decoder if layer not in packed),
+        plain_mtp=tuple(layer for layer in extra if layer not in packed),
+        packed_mtp=tuple(layer for layer in extra if layer in packed),
+        drops_mtp=not extra and bool(evidence.raw.get("num_nextn_predict_layers", 1)),
+        weight_only=replacement.weight_only,
+    )
+
+
+def _rewriting(evidence: Evidence, replacement: Replacement, restored: Restored) -> Rewriting:
+    shards, whole, index = place_tensors(evidence, replacement.outputs)
+    copies = {
+        name: files for name, files in restored.copies.items() if isinstance(files, LocalFiles)
+    }
+    rewriting = Rewriting(shards, whole, dict(restored.texts), copies)
+    if index is not None:
+        name, data = index
+        if data is None and isinstance(evidence.files, LocalFiles):
+            rewriting.copies[name] = evidence.files
+        elif data is not None:
+            rewriting.texts[name] = data
+    return rewriting
+
+
+def _done(
+    findings: Sequence[Finding], replacement: Replacement, restored: Restored
+) -> dict[str, str]:
+    """Rule -> what was done, for rules all of whose findings are put right."""
+    done: dict[str, str] = {}
+    failed: set[str] = set()
+    for finding in findings:
+        what = _what(finding, replacement, restored)
+        if what is None:
+            failed.add(finding.rule)
+        else:
+            done[finding.rule] = what
+    return {rule: what for rule, what in done.items() if rule not in failed}
+
+
+def _what(finding: Finding, replacement: Replacement, restored: Restored) -> str | None:
+    rule = finding.rule
+    if rule in ("M01", "M02") and replacement.without_mtp:
+        return "num_nextn_predict_layers set to 0: the MTP layer needs --source"
+    if rule in restored.done:
+        return restored.done[rule]
+    if rule in INDEX_RULES:
+        return "index made anew from the shards"
+    if rule in DROP_RULES:
+        return "tensors left out"
+    if rule in INPUT_RULES:
+        return (
+            None if replacement.inputs_left else "input_scale filled in: the largest of its layer"
+        )
+    if rule in MISSING_RULES:
+        return None if replacement.missing else replacement.told_all() or "index made anew"
+    return replacement.told(finding)
+
+
+def _why(evidence: Evidence, finding: Finding, replacement: Replacement) -> str:
+    rule = rules()[finding.rule]
+    if finding.severity == "info":
+        return rule.remedy
+    if finding.rule in INPUT_RULES and replacement.inputs_left:
+        return "no expert of the layer has a usable input_scale: calibrate again"
+    if evidence.source is None and "source" in rule.remedy:
+        return "needs --source"
+    return rule.remedy

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from fourge.doctor.evidence import gather
+from fourge.doctor.evidence import Evidence, gather
 from fourge.doctor.experts import Depth, Numbers, check_numbers
 from fourge.doctor.files import open_files
+from fourge.errors import ConfigError
+from fourge.models.config import from_dict
 from fourge_process import run
 from random_checkpoint import write_input_ids
 from tensor_edits import INDEX
@@ -45,7 +48,7 @@ class Case(NamedTuple):
             metadata={"format": "pt"},
         )
         index["weight_map"][name] = file
-        (self.checkpoint / INDEX).write_text(json.dumps(index))
+        (self.checkpoint / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def remove(self, name: str) -> None:
         """Take a tensor out of its shard and the index."""
@@ -54,15 +57,25 @@ class Case(NamedTuple):
         tensors = load_file(path)
         del tensors[name]
         save_file(tensors, path, metadata={"format": "pt"})
-        (self.checkpoint / INDEX).write_text(json.dumps(index))
+        (self.checkpoint / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def examined(
+    checkpoint: Path, source: Path | None = None, depth: Depth | None = None
+) -> tuple[Evidence, Numbers]:
+    """The rules on numbers alone, with a config that is taken as it is."""
+    evidence = gather(open_files(checkpoint))
+    evidence.source = gather(open_files(source)) if source else None
+    with suppress(ConfigError):
+        evidence.config = from_dict(evidence.raw)
+    return evidence, check_numbers(evidence, depth or Depth(), lambda *_: None)
 
 
 def numbers_of(checkpoint: Path, source: Path | None = None, depth: Depth | None = None) -> Numbers:
-    evidence = gather(open_files(checkpoint))
-    evidence.source = gather(open_files(source)) if source else None
-    return check_numbers(evidence, depth or Depth(), lambda *_: None)
+    """What they found."""
+    return examined(checkpoint, source, depth)[1]
 
 
 def rules_of(checkpoint: Path, source: Path | None = None) -> list[str]:
-    """Ids of the rules on numbers that fire."""
+    """Ids of those that fire."""
     return [one.rule for one in numbers_of(checkpoint, source).findings]

@@ -29,5 +29,5 @@ def edit_tensors(
             else:
                 tensors[name] = changed.contiguous()
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(index, indent=2) + "\n")
     return len(chosen)

@@ -19,7 +19,7 @@ from fourge.doctor.evidence import Evidence, Projection
 from fourge.doctor.files import Files
 from fourge.doctor.findings import Finding, found
 from fourge.doctor.passes import Progress, in_parallel, load_bytes, num_workers
-from fourge.doctor.scales import POOLS, expert_place, is_usable
+from fourge.doctor.scales import expert_place, is_usable, pool_of
 from fourge.formats import kernels
 from fourge.formats.layout import BLOCK_SIZE
 
@@ -212,8 +212,8 @@ def _pooled(facts: Sequence[BlockFacts]) -> dict[tuple[int, int, str], list[Bloc
     """(layer, expert, pool) -> the projections that share weight_scale_2."""
     pools: dict[tuple[int, int, str], list[BlockFacts]] = {}
     for one in facts:
-        pool = next(pool for pool, names in POOLS.items() if one.projection.name in names)
-        pools.setdefault((one.projection.layer, one.projection.expert, pool), []).append(one)
+        own = one.projection
+        pools.setdefault((own.layer, own.expert, pool_of(own.name)), []).append(one)
     return pools
 
 

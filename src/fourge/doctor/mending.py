@@ -3,8 +3,8 @@
 Exact where possible: with the source the projection is quantized again as nvidia-modelopt "max"
 does it, with a sound partner's weight_scale_2 where it fits; a swap of nibbles or tiles is undone;
 an all-zero projection gets codes 0 and scales 1. Without the source, gate and up that do not share
-weight_scale_2 get the larger one, and the block scales of the other are rounded anew, codes
-untouched (the policy of vLLM #55073): exact where the ratio is a power of two.
+weight_scale_2 get one that holds both, and block scales are rounded anew, codes untouched (as vLLM
+#55073 does): exact where the ratio is a power of two.
 """
 
 import math
@@ -26,7 +26,7 @@ from fourge.formats.nvfp4 import AMAX_RANGE, SAFE_SCALE_2, NVFP4Tensor
 
 ONE = 0x38  # E4M3
 PARTS = NVFP4Tensor._fields
-SHARED = "given the larger weight_scale_2 of gate and up"
+SHARED = "given one weight_scale_2 for gate and up"
 # Rounding of amax / 2688 and back.
 FITS = 1 + 2.0**-20
 
@@ -185,28 +185,37 @@ class Mender:
         self.mended.note("with the scale 1 for blocks of zeros", projection)
 
     def _share(self, pool: Sequence[Projection]) -> None:
-        """One weight_scale_2 for gate and up: the larger."""
-        scales = {one.name: self._evidence.scalar(one, "weight_scale_2") for one in pool}
-        values = [value for value in scales.values() if value is not None and is_usable(value)]
-        if len(values) != 2:
+        """One weight_scale_2 for gate and up, and block scales that keep the weights.
+
+        The larger of both; of a "max" export the smallest that leaves no block scale above 448,
+        which is the same if each was quantized with its own.
+        """
+        scales = {
+            one.name: value
+            for one in pool
+            if (value := self._evidence.scalar(one, "weight_scale_2")) and is_usable(value)
+        }
+        if len(scales) != 2:
             return
-        largest = max(values)
+        stored = {one.name: load(self._evidence.files, one.parts["weight_scale"]) for one in pool}
+        tops = {name: float(scale.float().max()) for name, scale in stored.items()}
+        shared = max(scales.values())
+        if max(tops.values()) == fp8.MAX:
+            shared = max(top * scales[name] for name, top in tops.items()) / fp8.MAX
+            shared = torch.tensor(shared, dtype=torch.float32).item()
         for one in pool:
             value = scales[one.name]
-            if value is None or value == largest:
+            if value == shared:
                 continue
-            scale = load(self._evidence.files, one.parts["weight_scale"])
-            change, fell = _change(scale, value, largest)
+            change, fell = _change(stored[one.name], value, shared)
             self.mended.largest_change = max(self.mended.largest_change, change)
             self.mended.fell += fell
 
-            def make(one: Projection = one, value: float = value) -> Tensor:
-                return rescale(
-                    load(self._evidence.files, one.parts["weight_scale"]), value / largest
-                )
+            def make(one: Projection = one, ratio: float = value / shared) -> Tensor:
+                return rescale(load(self._evidence.files, one.parts["weight_scale"]), ratio)
 
-            self._set(one, "weight_scale", f"times {value / largest!r}", make)
-            self._set_scale_2(one, largest)
+            self._set(one, "weight_scale", f"times {value / shared!r}", make)
+            self._set_scale_2(one, shared)
         self.mended.note(SHARED, *pool)
 
     def _replace_scale(self, pool: Sequence[Projection], own: Sequence[Projection]) -> None:
@@ -234,7 +243,7 @@ class Mender:
 
 
 def rescale(scale: Tensor, ratio: float) -> Tensor:
-    """Block scales times a ratio below 1, rounded to E4M3 and kept at 2^-9 or above; 0 stays 0."""
+    """Block scales times a ratio, rounded to E4M3 and kept within 2^-9 and 448; 0 stays 0."""
     exact = fp8.from_e4m3(scale) * ratio
     return fp8.to_e4m3(torch.where(exact > 0, exact.clamp(fp8.SMALLEST, fp8.MAX), exact))
 

@@ -144,7 +144,8 @@ def _what(finding: Finding, replacement: Replacement, restored: Restored) -> str
             None if replacement.inputs_left else "input_scale filled in: the largest of its layer"
         )
     if rule in MISSING_RULES:
-        return None if replacement.missing else replacement.told_all() or "index made anew"
+        lost = replacement.missing or replacement.inputs_left
+        return None if lost else replacement.told_all() or "index made anew"
     return replacement.told(finding)
 
 
@@ -152,7 +153,7 @@ def _why(evidence: Evidence, finding: Finding, replacement: Replacement) -> str:
     rule = rules()[finding.rule]
     if finding.severity == "info":
         return rule.remedy
-    if finding.rule in INPUT_RULES and replacement.inputs_left:
+    if finding.rule in INPUT_RULES | MISSING_RULES and replacement.inputs_left:
         return "no expert of the layer has a usable input_scale: calibrate again"
     if evidence.source is None and "source" in rule.remedy:
         return "needs --source"

@@ -17,9 +17,10 @@ from fourge.doctor.comparison import Weights
 from fourge.doctor.evidence import Evidence, Projection
 from fourge.doctor.files import LocalFiles
 from fourge.doctor.findings import Finding
+from fourge.doctor.inputs import fitting_inputs
 from fourge.doctor.mending import PARTS, Mended, Mender
 from fourge.doctor.rewriting import Copy, Made, Output
-from fourge.doctor.scales import POOLS, is_usable, is_weight_only
+from fourge.doctor.scales import POOLS, is_weight_only, pool_of
 from fourge.doctor.suspects import Diagnosis
 from fourge.errors import ConfigError
 from fourge.formats.layout import packed_shape, scale_shape
@@ -265,12 +266,12 @@ def _damaged(
         for place in finding.places if finding.rule in QUANTIZED else ():
             for layer, expert, name in _projections_at(place):
                 if layer in replacement.packed_layers:
-                    pool = damaged.setdefault((layer, expert, _pool_of(name)), {})
+                    pool = damaged.setdefault((layer, expert, pool_of(name)), {})
                     pool.setdefault(name, set()).add(finding.rule)
     for layer, expert, name in _expected_projections(evidence, config, replacement):
         parts = _projection(evidence, layer, expert, name).parts
         if not set(PARTS) <= parts.keys():
-            pool = damaged.setdefault((layer, expert, _pool_of(name)), {})
+            pool = damaged.setdefault((layer, expert, pool_of(name)), {})
             pool.setdefault(name, set()).add("K06")
     return damaged
 
@@ -296,10 +297,6 @@ def _expected_projections(
         for expert in experts:
             for name in PROJECTIONS:
                 yield layer, expert, name
-
-
-def _pool_of(name: str) -> str:
-    return next(pool for pool, names in POOLS.items() if name in names)
 
 
 def _out_tensor(evidence: Evidence, config: ModelConfig | None, name: str) -> OutTensor:
@@ -330,40 +327,16 @@ def _fill_inputs(
     config: ModelConfig | None,
     replacement: Replacement,
 ) -> None:
-    """Missing, unusable and unequal input scales, from the largest of the same layer and pool."""
     if is_weight_only(evidence) or not any(
         name.endswith(".input_scale") and ".experts." in name for name in evidence.tensors
     ):
         replacement.weight_only = True
         return
     odd = {place for one in findings if one.rule == "A08" for place in one.places}
-    values: dict[tuple[int, str], dict[tuple[int, str], float | None]] = {}
-    for layer, expert, name in _expected_projections(evidence, config, replacement):
-        tensor = expert_name(layer, expert, name, "input_scale")
-        value = evidence.scalars.get(tensor)
-        usable = value is not None and is_usable(value) and tensor not in odd
-        pool = values.setdefault((layer, _pool_of(name)), {})
-        pool[expert, name] = value if usable else None
-    for (layer, _), pool in values.items():
-        largest = max((value for value in pool.values() if value is not None), default=None)
-        for (expert, name), value in pool.items():
-            tensor = expert_name(layer, expert, name, "input_scale")
-            if largest is None:
-                replacement.inputs_left.append(tensor)
-                continue
-            pair = [pool.get((expert, other), None) for other in POOLS[_pool_of(name)]]
-            wanted = largest if None in pair else max(one for one in pair if one is not None)
-            if value != wanted:
-                _set_input(evidence, config, replacement, tensor, wanted)
-
-
-def _set_input(
-    evidence: Evidence,
-    config: ModelConfig | None,
-    replacement: Replacement,
-    tensor: str,
-    value: float,
-) -> None:
-    out = _out_tensor(evidence, config, tensor)
-    scale = torch.tensor(value, dtype=torch.float32).reshape(out.shape)
-    replacement.outputs[tensor] = Output(out, Made(f"value {value!r}", lambda: scale))
+    expected = _expected_projections(evidence, config, replacement)
+    values, replacement.inputs_left = fitting_inputs(evidence, expected, odd)
+    for tensor, value in values.items():
+        out = _out_tensor(evidence, config, tensor)
+        scale = torch.tensor(value, dtype=torch.float32).reshape(out.shape)
+        made = Made(f"value {value!r}", lambda scale=scale: scale)
+        replacement.outputs[tensor] = Output(out, made)

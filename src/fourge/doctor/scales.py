@@ -55,6 +55,11 @@ def expert_place(projection: Projection) -> str:
     return projection.tensor().rsplit(".", 2)[0]
 
 
+def pool_of(name: str) -> str:
+    """The pool of a projection."""
+    return next(pool for pool, names in POOLS.items() if name in names)
+
+
 def check_scalars(evidence: Evidence, told: Collection[str] = ()) -> Iterator[Finding]:
     """S03, S04, S05, S11, S12, S13, all of A, and Q16. ``told``: weight_scale_2 that S01 names."""
     yield from _weight_scales(evidence, told)

@@ -259,6 +259,25 @@ def test_a_lost_mtp_layer_comes_from_the_source(own: Case, original: Case, tmp_p
     )
 
 
+def test_a_packed_mtp_layer_becomes_what_the_source_has(own: Case, original: Case, tmp_path: Path):
+    """SGLang reads no NVFP4 there."""
+    for number in range(6):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            prefix = expert(3, number, f"{name}.weight")
+            w = read(own.checkpoint, prefix)
+            edit_tensors(
+                own.checkpoint, prefix, lambda t: t.view(torch.uint8)[:, : t.shape[1] // 2]
+            )
+            own.add(
+                prefix + "_scale", torch.ones(w.shape[0], w.shape[1] // 16).to(torch.float8_e4m3fn)
+            )
+            own.add(prefix + "_scale_2", torch.tensor(0.01))
+    told = found("M05", expert(3, 0, "up_proj.weight"), "the MTP layer is quantized")
+    record = mend(own, tmp_path / "out", told=(told,))
+    assert "M05" in [one["rule"] for one in record["done"]]
+    assert different(original.checkpoint, tmp_path / "out") == []
+
+
 def test_without_the_source_the_declaration_goes(own: Case, tmp_path: Path):
     drop_layer(own, 3)
     lost = found("M01", "model.layers.3", "the MTP layer is missing")

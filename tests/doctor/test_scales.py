@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from damage import Case, numbers_of, rules_of
 from fourge.doctor.experts import Depth
-from random_checkpoint import FAMILIES, published_config
+from random_checkpoint import FAMILIES, published_config, write_checkpoint
 from tensor_edits import edit_tensors
 
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 NAN, LARGEST, ONE = 0x7F, 0x7E, 0x38
 
 
@@ -231,3 +233,17 @@ def test_a_sample_reads_one_expert_of_each_layer(own: Case):
 def test_the_bundled_example_gives_no_finding(tiny_glm: Path, tmp_path: Path):
     case = Case.of(tiny_glm, tmp_path, vocab=np.iinfo(np.uint8).max)
     assert rules_of(case.checkpoint, case.source) == []
+
+
+def test_a_checkpoint_of_modelopt_has_its_zero_experts_and_nothing_else(tmp_path: Path):
+    """Golden tensors of nvidia-modelopt 0.47: NaN scales where a projection is all zero."""
+    golden = load_file(GOLDEN / "modelopt-experts.safetensors")
+    made = json.loads((GOLDEN / "source.json").read_text())
+    source = write_checkpoint(tmp_path / "source", config=made["config"], seed=made["seed"])
+    case = Case.of(source, tmp_path, vocab=made["config"]["vocab_size"])
+    for name, tensor in golden.items():
+        edit_tensors(case.checkpoint, name, lambda _, tensor=tensor: tensor)
+    (finding,) = numbers_of(case.checkpoint, source).findings
+    assert (finding.rule, finding.count) == ("S01", 6)
+    figures = numbers_of(case.checkpoint, source).figures
+    assert figures["bit_exact_with_max"] == {"projections": 42, "compared": 48}

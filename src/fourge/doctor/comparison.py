@@ -37,6 +37,7 @@ OWN_ERROR = 1.1
 # Part of a max export's projections that may differ in some bits, and be named for it.
 FEW = 0.1
 WORST = 10
+IN_MEMORY = 8  # bytes per packed byte: BF16 twice over while it is read, packed twice, codes
 ROWS = 16  # of another expert, where a few will do
 
 
@@ -130,7 +131,7 @@ def load_packed(files: Files, projection: Projection) -> NVFP4Tensor:
     """A packed projection, whole."""
     parts = projection.parts
     return NVFP4Tensor(
-        load(files, parts["weight"]).view(torch.uint8),
+        load_bytes(files, parts["weight"]).view(parts["weight"].shape),
         load(files, parts["weight_scale"]),
         load(files, parts["weight_scale_2"]).reshape(()),
     )
@@ -141,8 +142,8 @@ def compare_experts(
     on_progress: Progress,
 ) -> list[Comparison]:  # fmt: skip
     """Compare experts, each given by its packed projections."""
-    sizes = [3 * sum(one.parts["weight"].nbytes for one in own) for own in chosen]
-    workers = num_workers(4 * max(sizes, default=0), memory)
+    sizes = [sum(one.parts["weight"].nbytes for one in own) for own in chosen]
+    workers = num_workers(IN_MEMORY * max(sizes, default=0), memory)
     comparisons, done = [], 0
     expert = partial(_compare_expert, weights)
     for size, own in zip(sizes, in_parallel(expert, chosen, workers), strict=True):

@@ -133,6 +133,8 @@ def _what(finding: Finding, replacement: Replacement, restored: Restored) -> str
     rule = finding.rule
     if rule in ("M01", "M02") and replacement.without_mtp:
         return "num_nextn_predict_layers set to 0: the MTP layer needs --source"
+    if rule == "M05" and replacement.plain_mtp and not replacement.missing:
+        return replacement.told_all()
     if rule in restored.done:
         return restored.done[rule]
     if rule in INDEX_RULES:

@@ -53,7 +53,8 @@ class Replacement:
     mended: Mended = field(default_factory=Mended)
     missing: list[str] = field(default_factory=list)
     inputs_left: list[str] = field(default_factory=list)
-    without_mtp: bool = False
+    without_mtp: bool = False  # left out, for want of a source
+    plain_mtp: bool = False  # its packed experts are replaced by the source's
     weight_only: bool = False
 
     @property
@@ -140,17 +141,19 @@ def _keep_own(evidence: Evidence, findings: Sequence[Finding], replacement: Repl
     dropped = {place for one in findings if one.rule in DROPPED for place in one.places}
     rules = {finding.rule for finding in findings}
     replacement.without_mtp = evidence.source is None and bool(rules & {"M01", "M02"})
+    replacement.plain_mtp = evidence.source is not None and "M05" in rules
     named = set((evidence.index or {}).values())
     for name, info in evidence.tensors.items():
         parsed = find(name)
         stray = parsed is None and bool(named) and info.file not in named
-        no_mtp = (
-            replacement.without_mtp
-            and parsed is not None
+        mtp = (
+            parsed is not None
             and parsed.layer is not None
             and parsed.layer >= replacement.num_layers
         )
-        if name in dropped or stray or no_mtp:
+        packed_mtp = mtp and parsed is not None and parsed.part is not None
+        unwanted = (mtp and replacement.without_mtp) or (packed_mtp and replacement.plain_mtp)
+        if name in dropped or stray or unwanted:
             replacement.dropped.append(name)
         else:
             replacement.outputs[name] = _own_copy(evidence, info)
@@ -167,6 +170,8 @@ def _choose_layers(
             for layer in range(config.num_hidden_layers)
             if config.is_sparse(layer) and layer not in evidence.by_layer
         }
+    if replacement.plain_mtp:
+        packed = {layer for layer in packed if layer < replacement.num_layers}
     replacement.packed_layers = packed
 
 

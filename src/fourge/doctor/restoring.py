@@ -137,7 +137,7 @@ def _block(evidence: Evidence, rules: Collection[str], layers: Layers) -> tuple[
     """The block for config.json, and whether it is another than the one that is there."""
     own = evidence.quantization
     fits = own and not QUANTIZATION_RULES & set(rules)
-    if fits and not (layers.plain_mtp and _added_mtp(evidence, layers)):
+    if fits and not _added_mtp(evidence, layers):
         return own, False
     excluded = exclude_list(layers.unquantized, layers.plain_mtp)
     # vLLM's draft head; the layer's other parts are covered by the entries for all layers.
@@ -155,10 +155,9 @@ def _block(evidence: Evidence, rules: Collection[str], layers: Layers) -> tuple[
 
 def _added_mtp(evidence: Evidence, layers: Layers) -> bool:
     """Whether an MTP layer comes from the source, which the present list may not exclude."""
-    return any(
-        not any(parsed is not None and parsed.layer == layer for parsed in evidence.names.values())
-        for layer in layers.plain_mtp
-    )
+    present = {parsed.layer for parsed in evidence.names.values() if parsed is not None}
+    packed = evidence.quantized_layers()
+    return any(layer not in present or layer in packed for layer in layers.plain_mtp)
 
 
 def _hf_document(evidence: Evidence, block: JsonObject) -> JsonObject:

@@ -91,11 +91,12 @@ def write_checkpoint(out: Path, rewriting: Rewriting, record: dict, on_progress:
         _check_space(out, rewriting, plans)
         write_json(out / MARKER, identity)
         _write_shards(out, rewriting, plans, on_progress)
-        for name, files in rewriting.copies.items():
-            _copy_file(files.folder / name, out / name)
-        texts = sorted(rewriting.texts.items(), key=lambda item: item[0] == CONFIG_NAME)
-        for name, data in texts:
-            write_file(out / name, data)
+        names = [*rewriting.copies, *rewriting.texts]
+        for name in sorted(names, key=lambda name: name == CONFIG_NAME):
+            if name in rewriting.texts:
+                write_file(out / name, rewriting.texts[name])
+            else:
+                _copy_file(rewriting.copies[name].folder / name, out / name)
         write_json(out / RECORD, record)
         (out / MARKER).unlink()
 
@@ -204,10 +205,9 @@ def _digest(rewriting: Rewriting) -> str:
                 add(one.content.how)
             else:
                 add(one.content.files.place, *one.content.info[3:])
-    for name, files in sorted(rewriting.copies.items()):
-        add(name, files.place)
-    places = {
-        (one.content.files.folder / one.content.info.file)
+    places = {files.folder / name for name, files in rewriting.copies.items()}
+    places |= {
+        one.content.files.folder / one.content.info.file
         for outputs in rewriting.shards.values()
         for one in outputs
         if isinstance(one.content, Copy)

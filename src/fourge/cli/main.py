@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fourge import __version__
+from fourge.cli.doctor import doctor
 from fourge.cli.evaluate import evaluate
 from fourge.cli.inspect import inspect
 from fourge.cli.plan import plan
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(plan)
 app.command()(quantize)
+app.command()(doctor)
 app.command()(evaluate)
 app.command()(inspect)
 

@@ -42,6 +42,11 @@ class RunDisplay:
         line = f"data {name}: {found:,}{f' of {asked:,}' if asked else ''} samples"
         self._show(f"data {name}", line, found / asked if asked else 0.0)
 
+    def scan(self, stage: str, done: int, total: int) -> None:
+        """Bytes of a pass over tensors."""
+        line = f"{stage}: {format_bytes(done)} of {format_bytes(total)}"
+        self._show(stage, line, done / total if total else 1.0)
+
     def run(self, now: Snapshot) -> None:
         """One moment of the run."""
         parts = [

@@ -6,28 +6,36 @@ rest. Nothing larger than a header or a scalar is held.
 
 import json
 import math
+import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from fourge.checkpoint.header import INDEX_NAME, TensorInfo, parse_header
 from fourge.checkpoint.metadata import CONFIG_NAME, HF_QUANT_CONFIG_NAME
-from fourge.checkpoint.names import PROJECTIONS, Role, TensorName, expert_name, find
+from fourge.checkpoint.names import TensorName, expert_name, find
 from fourge.doctor.files import Files, read_tensors
 from fourge.errors import CheckpointError
 from fourge.models.config import ModelConfig
 
 JsonObject = dict[str, Any]
+MODEL_CARD = "README.md"
+MOST_TEXT_BYTES = 4 << 20
 SCALARS = ("weight_scale_2", "input_scale")
 CORRECTION_BIAS = "e_score_correction_bias"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+CONNECTIONS = 8  # at once, to a hub
+# What wrappers and libraries put before a published name.
+WRAPPERS = re.compile(
+    r"(?:_orig_mod\.|module\.|base_model\.model\.|(?:model\.)?language_model\.|model\.)+"
+)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One routed expert's projection on disk: its tensors by part ("weight", "weight_scale", ...)."""
+    """One routed expert's projection on disk: its tensors by part ("weight", "input_scale", ..)."""
 
     layer: int
     expert: int
@@ -53,9 +61,8 @@ class Evidence:
     shards: dict[str, list[TensorInfo]] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)  # shard -> why
     raw: JsonObject = field(default_factory=dict)
-    raw_text: str = ""
     raw_problem: str | None = None
-    config: ModelConfig | None = None
+    config: ModelConfig | None = None  # of ``corrected``
     # config.json with the values that its tensors speak for, where it has others.
     corrected: JsonObject = field(default_factory=dict)
     hf_quant: JsonObject | None = None
@@ -63,7 +70,7 @@ class Evidence:
     source: "Evidence | None" = None
 
     @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
+    def _stored(self) -> dict[str, TensorInfo]:
         """Every tensor of every shard; of copies, the one that the index names."""
         result: dict[str, TensorInfo] = {}
         for file, infos in self.shards.items():
@@ -73,18 +80,52 @@ class Evidence:
         return result
 
     @cached_property
+    def _parsed(self) -> dict[str, TensorName | None]:
+        return {name: find(name) for name in self._stored}
+
+    @cached_property
+    def renamed(self) -> dict[str, str]:
+        """Names with a wrapper's prefix, as stored -> the published names that are in them."""
+        renamed = {}
+        for name, parsed in self._parsed.items():
+            published = unwrap(name) if parsed is None else None
+            if published is not None and published not in self._stored:
+                renamed[name] = published
+        return renamed
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor by its published name."""
+        return {self.renamed.get(name, name): info for name, info in self._stored.items()}
+
+    @cached_property
     def lost(self) -> set[str]:
-        """Names that the index places in shards which are missing or damaged."""
+        """Names that the index places in shards which are missing or damaged; K02 names those."""
         return {
             name
             for name, file in (self.index or {}).items()
             if file in self.damaged and name not in self.tensors
         }
 
+    @property
+    def is_unclear(self) -> bool:
+        """Whether tensors are lost and no index tells which."""
+        return bool(self.damaged) and self.index is None
+
     @cached_property
     def names(self) -> dict[str, TensorName | None]:
         """Each tensor's entry in the name table; None where there is none."""
-        return {name: find(name) for name in self.tensors}
+        parsed = {self.renamed.get(name, name): one for name, one in self._parsed.items()}
+        return parsed | {name: find(name) for name in self.renamed.values()}
+
+    @cached_property
+    def suffixes(self) -> dict[int, set[str]]:
+        """layer -> what its tensors' names end in; of damaged shards, as the index has them."""
+        layers: dict[int, set[str]] = {}
+        for parsed in [*self.names.values(), *map(find, self.lost)]:
+            if parsed is not None and parsed.layer is not None:
+                layers.setdefault(parsed.layer, set()).add(parsed.suffix)
+        return layers
 
     @cached_property
     def experts(self) -> dict[tuple[int, int, str], Projection]:
@@ -156,6 +197,17 @@ class Evidence:
         """Layers with at least one packed expert projection."""
         return {key[0] for key, projection in self.experts.items() if projection.is_packed}
 
+    def is_fp8_leftover(self, name: str) -> bool:
+        """Whether a weight still has its FP8 block scales: K10 names it."""
+        return f"{name}_scale_inv" in self.tensors
+
+    def text(self, name: str) -> str:
+        """A small file's text; empty where it is missing."""
+        if name not in self.files.sizes:
+            return ""
+        size = min(self.files.sizes[name], MOST_TEXT_BYTES)
+        return self.files.read(name, 0, size).decode("utf-8", errors="replace")
+
     def json_file(self, name: str) -> JsonObject | None:
         """The object in a JSON file; None where it is missing or not an object."""
         return read_json(self.files, name)[0]
@@ -176,7 +228,7 @@ def gather(files: Files) -> Evidence:
     """Read headers and JSON files. CheckpointError if this is no checkpoint at all."""
     evidence = Evidence(files)
     shards = [name for name in files.sizes if name.endswith(".safetensors") and "/" not in name]
-    if not shards and CONFIG_NAME not in files.sizes and INDEX_NAME not in files.sizes:
+    if not shards and CONFIG_NAME not in files.sizes:
         raise CheckpointError(
             f"{files.place} holds neither {CONFIG_NAME} nor *.safetensors; give the folder of a"
             " checkpoint."
@@ -185,18 +237,40 @@ def gather(files: Files) -> Evidence:
     evidence.raw = raw or {}
     evidence.hf_quant, evidence.hf_quant_problem = read_json(files, HF_QUANT_CONFIG_NAME)
     _read_index(evidence)
-    for name in shards:
-        try:
-            evidence.shards[name] = parse_header(
-                name,
-                files.sizes[name],
-                lambda start, count, name=name: files.read(name, start, count),
-            )
-        except CheckpointError as error:
-            evidence.damaged[name] = str(error)
+    with ThreadPoolExecutor(1 if files.is_local else CONNECTIONS) as pool:
+        headers = pool.map(partial(_read_header, files), shards)
+        for name, header in zip(shards, headers, strict=True):
+            if isinstance(header, str):
+                evidence.damaged[name] = header
+            else:
+                evidence.shards[name] = header
     for name in sorted(set((evidence.index or {}).values()) - set(files.sizes)):
         evidence.damaged[name] = f"{name} is named in the index and missing."
     return evidence
+
+
+def unwrap(name: str) -> str | None:
+    """The published name within a name that wrappers or libraries have given a tensor."""
+    bare = WRAPPERS.sub("", name, count=1)
+    return next((one for one in (f"model.{bare}", bare) if find(one) is not None), None)
+
+
+def _read_header(files: Files, name: str) -> list[TensorInfo] | str:
+    """The tensors of a shard, or why it is damaged."""
+    size = files.sizes[name]
+    problems: list[str] = []
+
+    def read(start: int, count: int) -> bytes:
+        try:
+            return files.read(name, start, count)
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror}.")
+            return b""
+
+    try:
+        return parse_header(name, size, read)
+    except CheckpointError as error:
+        return problems[0] if problems else str(error)
 
 
 def _read_index(evidence: Evidence) -> None:
@@ -221,19 +295,3 @@ def read_json(files: Files, name: str) -> tuple[JsonObject | None, str | None]:
     except (ValueError, RecursionError) as error:
         return None, f"it is not JSON ({error})"
     return (value, None) if isinstance(value, dict) else (None, "it is not a JSON object")
-
-
-def groups(evidence: Evidence, layer: int) -> Iterator[tuple[int, dict[str, Projection]]]:
-    """(expert, its projections) of a layer."""
-    yield from evidence.by_layer.get(layer, {}).items()
-
-
-def is_gated_pair(own: Mapping[str, Projection]) -> bool:
-    """Whether gate and up are both there and packed."""
-    pair = [own.get(name) for name in PROJECTIONS[:2]]
-    return all(one is not None and one.is_packed for one in pair)
-
-
-def is_plain(parsed: TensorName | None) -> bool:
-    """Whether a tensor is one of those that stay as they were."""
-    return parsed is not None and parsed.role != Role.ROUTED_EXPERT

@@ -1,0 +1,145 @@
+"""``fourge doctor``: what is wrong with a quantized checkpoint, and a repaired copy of it."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fourge.cli.arguments import AsJson, parse_bytes
+from fourge.cli.progress import RunDisplay
+from fourge.cli.show import console, duration, print_json, say
+from fourge.doctor.findings import Finding, rules
+from fourge.layerwise.budget import format_bytes
+
+STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
+
+
+def _show_rules(wanted: bool) -> None:
+    if not wanted:
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("rule", "severity", "what must hold", "needs", "repair"):
+        table.add_column(column, overflow="fold", no_wrap=column == "rule")
+    for rule in rules().values():
+        style = STYLES[rule.severity]
+        table.add_row(rule.id, f"[{style}]{rule.severity}[/]", rule.title, rule.needs, rule.repair)
+    console.print(table)
+    raise typer.Exit
+
+
+def doctor(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(help="Folder of a quantized checkpoint, or a Hugging Face repository."),
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            metavar="SOURCE",
+            help="The BF16 checkpoint that it was made from: compare every tensor with it.",
+        ),
+    ] = None,
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            "--repair",
+            metavar="OUT",
+            help="Write a repaired checkpoint; CHECKPOINT stays as it is.",
+        ),
+    ] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Look at the numbers of one expert per layer only.")
+    ] = False,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            parser=parse_bytes,
+            help="Bound of the tensors held at once, for example 2GiB.",
+        ),
+    ] = None,
+    json: AsJson = False,
+    _: Annotated[
+        bool,
+        typer.Option("--rules", callback=_show_rules, is_eager=True, help="List all rules."),
+    ] = False,
+) -> None:
+    """Examine CHECKPOINT as vLLM and SGLang would read it: files, config, tensors, scales.
+
+    Needs no GPU. Exit status 1 if there is an error among the findings. Of a repository only
+    headers, small files and scalars are fetched; --sample adds one expert per layer.
+    """
+    # Heavy: torch, numba. Imported here so that --help stays quick.
+    from fourge.doctor.examine import examine, look_at
+    from fourge.doctor.experts import Depth
+    from fourge.doctor.repair import check_repair
+    from fourge.doctor.repair import repair as write_repaired
+
+    start = time.monotonic()
+    with RunDisplay(console) as display:
+        evidence = look_at(checkpoint, source)
+        if repair is not None:
+            check_repair(evidence, repair)
+        report = examine(evidence, Depth(sample, memory), display.scan)
+        document = report.to_dict()
+        if repair is not None:
+            document["repair"] = write_repaired(
+                evidence, report.findings, report.numbers.diagnoses, repair, display.scan
+            )
+    for finding in report.findings:
+        _show(finding)
+    _close(document, report.findings, time.monotonic() - start)
+    if repair is not None:
+        _show_repair(document["repair"], repair)
+    if json:
+        print_json(document)
+    if report.has_errors:
+        raise typer.Exit(1)
+
+
+def _show(finding: Finding) -> None:
+    style = STYLES[finding.severity]
+    console.print(
+        f"[{style}]{finding.severity:7}[/] [bold]{finding.rule}[/] {rules()[finding.rule].title}"
+    )
+    lines = {"where": f"{finding.where} ({finding.count:,})", "found": finding.message}
+    lines |= {ENGINE_NAMES[name]: told for name, told in finding.engines.items()}
+    lines["remedy"] = finding.remedy
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(min_width=8)
+    grid.add_column(overflow="fold")
+    for name, text in lines.items():
+        grid.add_row(f"  {name}", text)
+    console.print(grid, markup=False)
+    say("")
+
+
+def _close(document: dict[str, Any], findings: list[Finding], seconds: float) -> None:
+    shards = document["figures"]["shards"]
+    size = f"{shards['tensors']:,} tensors, {format_bytes(shards['bytes'])}"
+    counts = {severity: sum(one.severity == severity for one in findings) for severity in STYLES}
+    told = ", ".join(
+        f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count
+    )
+    reasons: dict[str, list[str]] = {}
+    for id, reason in document["not_checked"].items():
+        reasons.setdefault(reason, []).append(id)
+    for reason, ids in reasons.items():
+        say(f"not checked: {', '.join(ids)} ({reason})")
+    say(
+        f"{document['checkpoint']}: {told or 'nothing wrong'};"
+        f" {len(document['checked'])} rules on {size}, {duration(seconds)}"
+    )
+
+
+def _show_repair(outcome: dict[str, Any], out: Path) -> None:
+    for done in outcome["done"]:
+        say(f"repaired {done['rule']}: {done['what']}")
+    for left in outcome["not_done"]:
+        say(f"not repaired {left['rule']}: {left['why']}")
+    say(f"{out} is written" if outcome["written"] else "nothing to write")

@@ -25,11 +25,10 @@ def restored(
     *rules: str,
     layers: Layers = LAYERS,
     source: bool = False,
-    corrected: dict[str, Any] | None = None,
 ) -> tuple[Restored, Evidence]:
     evidence = gather(open_files(case.checkpoint))
     evidence.source = gather(open_files(case.source)) if source else None
-    evidence.corrected = evidence.raw | (corrected or {})
+    evidence.corrected = evidence.raw
     return restore_files(evidence, rules, layers), evidence
 
 
@@ -76,15 +75,14 @@ def test_a_packed_mtp_layer_keeps_its_head_out_of_the_quantization(own: Case):
 
 
 def test_keys_become_what_the_tensors_speak_for(own: Case):
-    edit_json(own.checkpoint / "config.json", scoring_func="softmax", n_routed_experts=5)
-    result, _ = restored(
-        own,
-        "C02",
-        "C04",
-        "M09",
-        "M11",
-        corrected={"scoring_func": "sigmoid", "n_routed_experts": 6},
+    edit_json(
+        own.checkpoint / "config.json",
+        scoring_func="softmax",
+        n_routed_experts=5,
+        moe_router_dtype="bfloat16",
+        index_share_for_mtp_iteration=True,
     )
+    result, _ = restored(own, "C02", "C04", "M09", "M11")
     config = config_of(result)
     assert (config["scoring_func"], config["n_routed_experts"]) == ("sigmoid", 6)
     assert config["moe_router_dtype"] == "float32"

@@ -6,17 +6,22 @@ made anew (plan: replacing.py; numbers: mending.py); files beside the weights: r
 writing: rewriting.py. Needs local files.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fourge.checkpoint.names import find
+from fourge.checkpoint.writer import write_json
 from fourge.doctor.evidence import Evidence
+from fourge.doctor.examine import Report, examine, look_at
+from fourge.doctor.experts import Depth
 from fourge.doctor.files import LocalFiles
 from fourge.doctor.findings import Finding, rules
 from fourge.doctor.passes import Progress
 from fourge.doctor.replacing import Replacement, replace_tensors
 from fourge.doctor.restoring import Layers, Restored, restore_files
-from fourge.doctor.rewriting import Rewriting, check_target, write_checkpoint
+from fourge.doctor.rewriting import RECORD, Rewriting, check_target, write_checkpoint
 from fourge.doctor.sharding import place_tensors
 from fourge.doctor.suspects import Diagnosis
 from fourge.errors import OutputError
@@ -26,6 +31,8 @@ MISSING_RULES = {"K01", "K02", "K05", "K06", "M01", "M02", "X01", "X09"}
 INDEX_RULES = {"K03", "K04", "M07"}
 DROP_RULES = {"S11", "Q16", "Q17", "M03"}
 INPUT_RULES = {"A01", "A02", "A03", "A08"}
+# Modules that were packed and are BF16 now must be in the exclude list.
+UNPACKED_RULES = {"Q12", "D02", "M06", "X09", "X10", "M05"}
 
 
 def check_repair(evidence: Evidence, out: Path) -> None:
@@ -60,8 +67,9 @@ def repair(
     """
     check_repair(evidence, out)
     replacement = replace_tensors(evidence, findings, diagnoses)
-    ids = [finding.rule for finding in findings]
-    restored = restore_files(evidence, ids, _layers(evidence, replacement))
+    restored = restore_files(
+        evidence, _rules_of_files(findings), _layers(evidence, findings, replacement)
+    )
     done = _done(findings, replacement, restored)
     record = {
         "checkpoint": evidence.files.place,
@@ -76,7 +84,7 @@ def repair(
     }
     if done:
         details = {
-            "from_source": replacement.from_source,
+            "from_source": sorted(replacement.from_source),
             "made": {name: made.how for name, made in replacement.made.items()},
             "dropped": replacement.dropped,
         }
@@ -85,9 +93,44 @@ def repair(
     return record
 
 
-def _layers(evidence: Evidence, replacement: Replacement) -> Layers:
+def repair_and_examine(
+    evidence: Evidence, report: Report, out: Path, depth: Depth, on_progress: Progress
+) -> dict[str, Any]:
+    """``repair``, and then the doctor on what was written: ``"left"`` has its findings.
+
+    A rule that still fires there was not put right, whatever was done for it.
+    """
+    record = repair(evidence, report.findings, report.numbers.diagnoses, out, on_progress)
+    if not record["written"]:
+        return record | {"left": [one.to_dict() for one in report.findings]}
+    source = evidence.source.files.place if evidence.source is not None else None
+    left = examine(look_at(out, source), depth, on_progress).findings
+    still = {finding.rule for finding in left}
+    record["not_done"] += [
+        {"rule": one["rule"], "where": "", "why": f"done, and not enough: {one['what']}"}
+        for one in record["done"]
+        if one["rule"] in still
+    ]
+    record["done"] = [one for one in record["done"] if one["rule"] not in still]
+    record["left"] = [one.to_dict() for one in left]
+    stored = json.loads((out / RECORD).read_bytes())
+    write_json(out / RECORD, stored | record)
+    return record
+
+
+def _rules_of_files(findings: Sequence[Finding]) -> set[str]:
+    """Rules whose findings concern JSON files. D04 is one of metadata or of tensors."""
+    return {
+        finding.rule
+        for finding in findings
+        if finding.rule != "D04" or all(".json" in place for place in finding.places)
+    }
+
+
+def _layers(evidence: Evidence, findings: Sequence[Finding], replacement: Replacement) -> Layers:
     """Which layers of the result are quantized."""
-    decoder = range(replacement.num_layers)
+    config = replacement.config
+    decoder = range(config.num_hidden_layers) if config is not None else range(0)
     packed = replacement.packed_layers
     extra = sorted(layer for layer in replacement.present_layers if layer not in decoder)
     return Layers(
@@ -96,6 +139,8 @@ def _layers(evidence: Evidence, replacement: Replacement) -> Layers:
         packed_mtp=tuple(layer for layer in extra if layer in packed),
         drops_mtp=not extra and bool(evidence.raw.get("num_nextn_predict_layers", 1)),
         weight_only=replacement.weight_only,
+        unpacks=bool(replacement.from_source)
+        and any(finding.rule in UNPACKED_RULES for finding in findings),
     )
 
 
@@ -130,24 +175,32 @@ def _done(
 
 
 def _what(finding: Finding, replacement: Replacement, restored: Restored) -> str | None:
-    rule = finding.rule
+    """What put a finding right; None if nothing did."""
+    rule, outputs = finding.rule, replacement.outputs
     if rule in ("M01", "M02") and replacement.without_mtp:
         return "num_nextn_predict_layers set to 0: the MTP layer needs --source"
-    if rule == "M05" and replacement.plain_mtp and not replacement.missing:
-        return replacement.told_all()
+    if rule == "M05":
+        return replacement.told_all() if replacement.plain_mtp else None
+    if rule in ("K07", "K10") and any(place in outputs for place in finding.places):
+        return None
+    if rule in MISSING_RULES and (replacement.missing or replacement.inputs_left):
+        return None
     if rule in restored.done:
         return restored.done[rule]
+    if rule == "X01" and not replacement.from_source:
+        return None
+    if rule in MISSING_RULES:
+        return replacement.told_all() or "index made anew"
     if rule in INDEX_RULES:
         return "index made anew from the shards"
     if rule in DROP_RULES:
         return "tensors left out"
     if rule in INPUT_RULES:
-        return (
-            None if replacement.inputs_left else "input_scale filled in: the largest of its layer"
-        )
-    if rule in MISSING_RULES:
-        lost = replacement.missing or replacement.inputs_left
-        return None if lost else replacement.told_all() or "index made anew"
+        told = "input_scale filled in: the largest of its layer"
+        return None if replacement.inputs_left else told
+    if rule == "K07":
+        names = {name for name in outputs if find(name) is None}
+        return None if names else "tensors given their published names, one per expert"
     return replacement.told(finding)
 
 
@@ -157,6 +210,6 @@ def _why(evidence: Evidence, finding: Finding, replacement: Replacement) -> str:
         return rule.remedy
     if finding.rule in INPUT_RULES | MISSING_RULES and replacement.inputs_left:
         return "no expert of the layer has a usable input_scale: calibrate again"
-    if evidence.source is None and "source" in rule.remedy:
+    if evidence.source is None and (rule.repair == "source" or "source" in rule.remedy):
         return "needs --source"
     return rule.remedy

@@ -6,9 +6,8 @@ made anew from what is on disk. Knows no tensors' bytes. Imports no torch.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
 
 from fourge.checkpoint.header import INDEX_NAME
 from fourge.checkpoint.metadata import (
@@ -20,6 +19,7 @@ from fourge.checkpoint.metadata import (
     with_quantization,
 )
 from fourge.checkpoint.writer import PARTIAL_SUFFIX
+from fourge.doctor.architecture import CHECKS
 from fourge.doctor.evidence import Evidence, JsonObject
 from fourge.doctor.files import Files
 
@@ -27,20 +27,15 @@ GENERATION_NAME = "generation_config.json"
 # Rules that a new quantization block puts right, and those that the config around it does.
 QUANTIZATION_RULES = {
     "Q01", "Q02", "Q03", "Q04", "Q05", "Q06", "Q07", "Q08", "Q09", "Q10", "Q11", "Q13", "Q14",
-    "Q19", "M04", "A09", "K10",
+    "Q19", "Q20", "M04", "A09", "K10", "D04",
 }  # fmt: skip
 CONFIG_RULES = {
-    "C00", "C01", "C02", "C03", "C04", "C05", "C06", "C07", "C10", "C12",
-    "X02", "X03", "X04", "X05", "X06", "X07", "M09", "M10", "M11",
+    "C01", "C02", "C03", "C04", "C05", "C06", "C07", "C10", "C12",
+    "X01", "X02", "X03", "X04", "X05", "X06", "X07", "M01", "M09", "M10", "M11",
 }  # fmt: skip
 FILE_RULES = {"K13", "C07", "C08", "C11"}
-# What is put right without the source, though the tensors do not say it.
-SAFE_KEYS: Mapping[str, tuple[str, Any]] = {
-    "M09": ("moe_router_dtype", "float32"),
-    "M11": ("index_share_for_mtp_iteration", False),
-}
-# Rules whose findings come with fitting keys (architecture.py).
-CORRECTED_RULES = CONFIG_RULES - {"C00", "C06", "C07", "C10", "X05", "M09", "M10", "M11"}
+# Keys of the pattern of indexers. Where there are none, an indexer that is missing was lost.
+SHARING_KEYS = ("indexer_types", "index_topk_pattern", "index_topk_freq")
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
 
 
@@ -53,6 +48,7 @@ class Layers:
     packed_mtp: tuple[int, ...]
     drops_mtp: bool  # the config declares an MTP layer that is not there
     weight_only: bool  # no expert has an input_scale
+    unpacks: bool = False  # something else than experts was packed and is BF16 now
 
 
 @dataclass
@@ -68,7 +64,7 @@ def restore_files(evidence: Evidence, rules: Collection[str], layers: Layers) ->
     """``rules``: ids of the findings."""
     restored = Restored()
     _small_files(evidence, rules, restored)
-    text = _config_text(evidence, rules, restored)
+    text = _config_text(evidence, rules, layers, restored)
     block, anew = _block(evidence, rules, layers)
     changes = text is not None or anew or layers.drops_mtp
     if anew:
@@ -96,9 +92,13 @@ def _text(files: Files, name: str) -> str | None:
 # ---- config.json
 
 
-def _config_text(evidence: Evidence, rules: Collection[str], restored: Restored) -> str | None:
+def _config_text(
+    evidence: Evidence, rules: Collection[str], layers: Layers, restored: Restored
+) -> str | None:
     """The config to put the block into, or None if the own one stays."""
     named = [rule for rule in rules if rule in CONFIG_RULES]
+    if layers.drops_mtp and "M01" in named:
+        named.remove("M01")  # with_quantization writes 0
     if not named:
         return None
     source = evidence.source
@@ -106,21 +106,45 @@ def _config_text(evidence: Evidence, rules: Collection[str], restored: Restored)
         told = "config.json restored from the source, quantization_config inserted"
         restored.done |= dict.fromkeys(named, told)
         return _text(source.files, CONFIG_NAME)
-    raw = dict(evidence.corrected or evidence.raw)
-    done = {rule for rule in named if rule in CORRECTED_RULES and raw != evidence.raw}
-    for rule in [rule for rule in named if rule in SAFE_KEYS]:
-        key, value = SAFE_KEYS[rule]
-        raw[key] = value
-        done.add(rule)
-    if "C07" in named and (stops := _stops(evidence, raw.get("eos_token_id"))):
-        raw["eos_token_id"] = stops
-        done.add("C07")
-    if not done or not evidence.raw:
+    raw, keys = dict(evidence.raw), _fitting_keys(evidence, named)
+    for own in keys.values():
+        for key, value in own.items():
+            raw.pop(key, None) if value is None else raw.update({key: value})
+    if not keys or not evidence.raw:
         return None
-    keys = [key for key in {**raw, **evidence.raw} if raw.get(key) != evidence.raw.get(key)]
-    told = f"config.json: {', '.join(keys)} set to what the tensors and the tokenizer say"
-    restored.done |= dict.fromkeys(done, told)
+    changed = [key for key in {**raw, **evidence.raw} if raw.get(key) != evidence.raw.get(key)]
+    told = f"config.json: {', '.join(changed)} set to what the tensors and the tokenizer say"
+    restored.done |= dict.fromkeys(keys, told)
     return json.dumps(raw, indent=2, ensure_ascii=False) + "\n"
+
+
+def _fitting_keys(evidence: Evidence, named: Collection[str]) -> dict[str, JsonObject]:
+    """Rule -> the keys that put it right (None: none), as far as files other than the source's
+    tell.
+    """
+    raw = dict(evidence.raw)
+    keys: dict[str, JsonObject] = {}
+    for check in CHECKS:
+        for correction in check(raw, evidence):
+            for key, value in correction.keys.items():
+                raw.pop(key, None) if value is None else raw.update({key: value})
+            rule = correction.finding.rule if correction.finding is not None else ""
+            if correction.keys and rule in named:
+                keys.setdefault(rule, {}).update(correction.keys)
+    keys.pop("X05", None)  # a choice
+    if not any(evidence.raw.get(key) is not None for key in SHARING_KEYS):
+        keys.pop("X01", None)
+    if "M11" in named:
+        keys["M11"] = {"index_share_for_mtp_iteration": _shares(evidence)}
+    if "C07" in named and (stops := _stops(evidence, evidence.raw.get("eos_token_id"))):
+        keys["C07"] = {"eos_token_id": stops}
+    return keys
+
+
+def _shares(evidence: Evidence) -> bool:
+    """Whether the model was trained to share selections, going by its indexers."""
+    config = evidence.config
+    return config is not None and "shared" in config.indexer_types
 
 
 def _stops(evidence: Evidence, value: object) -> list[int]:
@@ -137,7 +161,7 @@ def _block(evidence: Evidence, rules: Collection[str], layers: Layers) -> tuple[
     """The block for config.json, and whether it is another than the one that is there."""
     own = evidence.quantization
     fits = own and not QUANTIZATION_RULES & set(rules)
-    if fits and not _added_mtp(evidence, layers):
+    if fits and not layers.unpacks and not _added_mtp(evidence, layers):
         return own, False
     excluded = exclude_list(layers.unquantized, layers.plain_mtp)
     # vLLM's draft head; the layer's other parts are covered by the entries for all layers.

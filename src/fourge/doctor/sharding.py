@@ -73,6 +73,7 @@ def _stays(evidence: Evidence, file: str, outputs: list[Output]) -> bool:
         isinstance(one.content, Copy)
         and one.content.files is evidence.files
         and one.content.info.file == file
+        and one.content.info.name == one.tensor.name
         for one in outputs
     )
 

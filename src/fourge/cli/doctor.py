@@ -30,44 +30,48 @@ def _show_rules(wanted: bool) -> None:
     raise typer.Exit
 
 
+Checkpoint = Annotated[
+    str, typer.Argument(help="Folder of a quantized checkpoint, or a Hugging Face repository.")
+]
+Source = Annotated[
+    str | None,
+    typer.Option(
+        "--source",
+        metavar="SOURCE",
+        help="The BF16 checkpoint that it was made from: compare every tensor with it.",
+    ),
+]
+Repair = Annotated[
+    Path | None,
+    typer.Option(
+        "--repair", metavar="OUT", help="Write a repaired checkpoint; CHECKPOINT stays as it is."
+    ),
+]
+Sample = Annotated[
+    bool, typer.Option("--sample", help="Look at the numbers of one expert per layer only.")
+]
+TensorMemory = Annotated[
+    int | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        parser=parse_bytes,
+        help="Bound of the tensors held at once, for example 2GiB.",
+    ),
+]
+ListRules = Annotated[
+    bool, typer.Option("--rules", callback=_show_rules, is_eager=True, help="List all rules.")
+]
+
+
 def doctor(
-    checkpoint: Annotated[
-        str,
-        typer.Argument(help="Folder of a quantized checkpoint, or a Hugging Face repository."),
-    ],
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--source",
-            metavar="SOURCE",
-            help="The BF16 checkpoint that it was made from: compare every tensor with it.",
-        ),
-    ] = None,
-    repair: Annotated[
-        Path | None,
-        typer.Option(
-            "--repair",
-            metavar="OUT",
-            help="Write a repaired checkpoint; CHECKPOINT stays as it is.",
-        ),
-    ] = None,
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Look at the numbers of one expert per layer only.")
-    ] = False,
-    memory: Annotated[
-        int | None,
-        typer.Option(
-            "--memory",
-            metavar="SIZE",
-            parser=parse_bytes,
-            help="Bound of the tensors held at once, for example 2GiB.",
-        ),
-    ] = None,
+    checkpoint: Checkpoint,
+    source: Source = None,
+    repair: Repair = None,
+    sample: Sample = False,
+    memory: TensorMemory = None,
     json: AsJson = False,
-    _: Annotated[
-        bool,
-        typer.Option("--rules", callback=_show_rules, is_eager=True, help="List all rules."),
-    ] = False,
+    _: ListRules = False,
 ) -> None:
     """Examine CHECKPOINT as vLLM and SGLang would read it: files, config, tensors, scales.
 
@@ -77,8 +81,7 @@ def doctor(
     # Heavy: torch, numba. Imported here so that --help stays quick.
     from fourge.doctor.examine import examine, look_at
     from fourge.doctor.experts import Depth
-    from fourge.doctor.repair import check_repair
-    from fourge.doctor.repair import repair as write_repaired
+    from fourge.doctor.repair import check_repair, repair_and_examine
 
     start = time.monotonic()
     with RunDisplay(console) as display:
@@ -88,8 +91,8 @@ def doctor(
         report = examine(evidence, Depth(sample, memory), display.scan)
         document = report.to_dict()
         if repair is not None:
-            document["repair"] = write_repaired(
-                evidence, report.findings, report.numbers.diagnoses, repair, display.scan
+            document["repair"] = repair_and_examine(
+                evidence, report, repair, Depth(sample, memory), display.scan
             )
     for finding in report.findings:
         _show(finding)
@@ -142,4 +145,6 @@ def _show_repair(outcome: dict[str, Any], out: Path) -> None:
         say(f"repaired {done['rule']}: {done['what']}")
     for left in outcome["not_done"]:
         say(f"not repaired {left['rule']}: {left['why']}")
-    say(f"{out} is written" if outcome["written"] else "nothing to write")
+    left = sorted({one["rule"] for one in outcome["left"]})
+    told = f"left there: {', '.join(left)}" if left else "the doctor finds nothing there"
+    say(f"{out} is written; {told}" if outcome["written"] else "nothing is written")

@@ -7,8 +7,7 @@ has is looked for only where its tokens are. Imports no torch.
 import re
 from collections.abc import Iterator
 
-from fourge.checkpoint.header import INDEX_NAME
-from fourge.checkpoint.metadata import CONFIG_NAME, HF_QUANT_CONFIG_NAME
+from fourge.checkpoint.metadata import CONFIG_NAME
 from fourge.doctor.correction import key_of, list_values
 from fourge.doctor.evidence import MODEL_CARD, Evidence, JsonObject
 from fourge.doctor.findings import Finding, found
@@ -17,7 +16,7 @@ RULES = ("K11", "K14", "C07", "C08", "C11")
 GENERATION_NAME, TOKENIZER_NAME = "generation_config.json", "tokenizer.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
-WEIGHT_FILES = (CONFIG_NAME, HF_QUANT_CONFIG_NAME, INDEX_NAME)
+LEAST_VOCABULARY = 1024
 TOKENIZERS = (TOKENIZER_NAME, "tokenizer.model", "vocab.json", "tiktoken.model")
 # What ends a turn, by the token's text (GLM-4.5 and later).
 STOPS = ("<|endoftext|>", "<|user|>", "<|observation|>")
@@ -42,19 +41,20 @@ FP8_BASE = re.compile(
 )
 
 
-def has_weights_only(evidence: Evidence) -> bool:
-    """Whether nothing lies here that is not of the weights, as with a model for tests: of such a
-    folder K13 has nothing to say.
+def needs_no_tokenizer(evidence: Evidence) -> bool:
+    """Whether this is a model for tests, whose vocabulary is too small for a tokenizer (or not
+    known) and that has none of its files: K13 has nothing to say then.
     """
-    return evidence.source is None and all(
-        name.endswith(".safetensors") or name.startswith("fourge/") or name in WEIGHT_FILES
-        for name in evidence.files.sizes
-    )
+    names = (*TOKENIZERS, TOKENIZER_CONFIG_NAME, GENERATION_NAME, TEMPLATE_NAME)
+    places = [evidence] + ([evidence.source] if evidence.source else [])
+    vocabulary = evidence.raw.get("vocab_size")
+    is_small = not isinstance(vocabulary, int) or vocabulary < LEAST_VOCABULARY
+    return is_small and not any(name in place.files.sizes for place in places for name in names)
 
 
 def check_companions(evidence: Evidence) -> Iterator[Finding]:
     """All of RULES, and K13."""
-    if not has_weights_only(evidence):
+    if not needs_no_tokenizer(evidence):
         yield from _missing(evidence)
     yield from _stops(evidence)
     yield from _template(evidence)

@@ -146,8 +146,6 @@ def _orphans(evidence: Evidence, index: dict[str, str]) -> dict[str, list[str]]:
         if own:
             is_mtp = min(layers) >= len(evidence.decoder_layers) > 0
             orphans.setdefault("M07" if is_mtp else "K04", []).append(file)
-        elif not evidence.shards[file]:
-            orphans.setdefault("K04", []).append(file)
     return orphans
 
 

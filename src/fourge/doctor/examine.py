@@ -27,12 +27,12 @@ from fourge.doctor.passes import Progress
 
 Check = Callable[[Evidence], Iterator[Finding]]
 # Rules whose findings explain whatever the numbers of the same tensors look like.
-EXPLAIN = {"K01", "K03", "K05", "K06", "K07", "K08", "K10", "D02", "D03", "D04", "D05", "M02", "M06",
-           "S11"}  # fmt: skip
+EXPLAIN = {"K01", "K03", "K05", "K06", "K07", "K08", "K10", "M02", "M06", "D02", "D03", "D04",
+           "D05", "S11"}  # fmt: skip
 REASONS = {
     "run": "no file tells: it shows on a running engine, or in how the checkpoint was made",
     "config": "needs a config.json that can be understood",
-    "weights only": "only weights lie here: no tokenizer, template or generation config",
+    "tokenizer": "a model for tests: its vocabulary is too small for a tokenizer",
 }
 
 
@@ -96,8 +96,7 @@ def examine(evidence: Evidence, depth: Depth, on_progress: Progress) -> Report:
     findings = list(architecture.check_architecture(evidence))
     checked, not_checked = _static(evidence)
     if evidence.config is not None:
-        named = {place for finding in findings for place in finding.places}
-        findings += settings.check_settings(evidence, named)
+        findings += [*settings.check_settings(evidence, findings)]
     for step in STEPS:
         if evidence.config is None and step.needs_config:
             not_checked |= dict.fromkeys(step.rules, REASONS["config"])
@@ -122,8 +121,8 @@ def examine(evidence: Evidence, depth: Depth, on_progress: Progress) -> Report:
 def _static(evidence: Evidence) -> tuple[list[str], dict[str, str]]:
     """Rules that are settled with the config, and rules that nothing here can settle."""
     not_checked = {id: REASONS["run"] for id, rule in rules().items() if rule.needs == "run"}
-    if companions.has_weights_only(evidence):
-        not_checked["K13"] = REASONS["weights only"]
+    if companions.needs_no_tokenizer(evidence):
+        not_checked["K13"] = REASONS["tokenizer"]
     checked = ["C06"] if "K13" in not_checked else ["C06", "K13"]
     if evidence.config is None:
         own = (*architecture.RULES, *settings.RULES)

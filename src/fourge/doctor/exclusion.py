@@ -26,7 +26,7 @@ from fourge.models.config import ModelConfig
 
 RULES = ("M04", "Q05", "Q06", "Q07", "Q08", "Q09", "Q11", "Q12", "Q14")
 LAYER_ENTRY = re.compile(r"model\.layers\.\d+\*?")
-EXPERT_ENTRY = re.compile(r".*\.experts\.\d+(\..*)?")
+EXPERT_ENTRY = re.compile(r".*\.experts\.\d+(\*|\..*)?")
 IN_MEMORY_ENTRY = re.compile(
     r"(module\.|_orig_mod\.|base_model\.model\.|(model\.)?language_model\.|model\.model\.).*"
     r"|.*\.experts\.(gate_up_proj|down_proj)\*?"
@@ -38,6 +38,7 @@ FUSED = {"vllm": VLLM_FUSED, "sglang": SGLANG_FUSED}
 # The checkpoint's modules of a layer that engines may quantize, besides routed experts.
 ATTENTION = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj",
              "indexer.wq_b")  # fmt: skip
+INDEXER_QUERY = "self_attn.indexer.wq_b"
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -88,7 +89,7 @@ def modules(evidence: Evidence, engine: str) -> Iterator[Module]:
         if is_draft and engine == "sglang":
             continue  # it builds drafts without quantization (deepseek_nextn.py:75-79)
         names = [f"self_attn.{name}" for name in ATTENTION]
-        names += [f"mlp.{name}" for name in MLP] + [SHARED_EXPERTS + name for name in MLP]
+        names += [(SHARED_EXPERTS if config.is_sparse(layer) else "mlp.") + name for name in MLP]
         formats = _formats(evidence, layer, names)
         for suffix, kind in _fuse(formats, FUSED[engine]).items():
             yield Module(layer, layer_name(layer, suffix), kind)
@@ -112,8 +113,9 @@ def _formats(evidence: Evidence, layer: int | None, names: Iterable[str]) -> dic
         full = name if layer is None else layer_name(layer, name)
         info = evidence.tensors.get(f"{full}.weight")
         if info is not None:
-            leftover = evidence.is_fp8_leftover(f"{full}.weight") or not info.nbytes
-            result[name] = "" if leftover else _simple(info.dtype)
+            is_told = evidence.is_fp8_leftover(f"{full}.weight") or not info.nbytes
+            is_told |= name == INDEXER_QUERY and info.dtype not in PLAIN_DTYPES  # X10
+            result[name] = "" if is_told else _simple(info.dtype)
     return result
 
 
@@ -160,6 +162,8 @@ def _rule(misfit: Misfit, entries: Sequence[str], config: ModelConfig) -> str:
             return "M04"
     if module.format == PACKED:
         guilty = _guilty(engine, module, entries)
+        if any(map(is_in_memory, guilty)):
+            return TOLD
         if any(LAYER_ENTRY.fullmatch(entry) for entry in guilty):
             return "Q06"
         if any(EXPERT_ENTRY.fullmatch(entry) for entry in guilty):

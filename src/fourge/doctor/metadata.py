@@ -53,7 +53,7 @@ def check_metadata(evidence: Evidence) -> Iterator[Finding]:
     yield from _provenance(evidence)
     lists, problems = _lists(blocks)
     yield from problems
-    if lists:
+    if lists and not _is_fp8(evidence):
         entries = next(iter(lists.values()))
         findings = list(check_exclusion(evidence, entries))
         yield from findings
@@ -139,7 +139,7 @@ def _algorithm(evidence: Evidence, blocks: Mapping[str, JsonObject]) -> Iterator
     """Q03."""
     wrong: dict[str, object] = {}
     method = evidence.quantization.get("quant_method")
-    is_fp8 = method == "fp8" and "quant_algo" not in evidence.quantization  # K10
+    is_fp8 = _is_fp8(evidence)
     if evidence.quantization and not is_fp8 and not str(method).startswith("modelopt"):
         wrong[key_of(f"{BLOCK}.quant_method")] = method
     for place, block in blocks.items():
@@ -149,6 +149,12 @@ def _algorithm(evidence: Evidence, blocks: Mapping[str, JsonObject]) -> Iterator
     if wrong:
         told = ", ".join(f"{place} is {shown(value)}" for place, value in wrong.items())
         yield found("Q03", list(wrong), f"{told}; needed are 'modelopt' and 'NVFP4'.")
+
+
+def _is_fp8(evidence: Evidence) -> bool:
+    """Whether config.json still has the block of an FP8 source: K10."""
+    block = evidence.quantization
+    return block.get("quant_method") == "fp8" and "quant_algo" not in block
 
 
 def _provenance(evidence: Evidence) -> Iterator[Finding]:
@@ -207,7 +213,7 @@ def _spelling(evidence: Evidence, entries: Sequence[str], told: set[str]) -> Ite
     place = next(iter(_blocks(evidence)))
     foreign = [entry for entry in entries if is_in_memory(entry)]
     if foreign:
-        message = f'"{foreign[0]}" is no name of a published checkpoint: it matches nothing.'
+        message = f'"{foreign[0]}" is a name of modules in memory, not of a checkpoint.'
         yield found("Q19", foreign, message)
     spelled = any("shared_expert" in entry.replace("shared_expert_gate", "") for entry in entries)
     has_shared = any(

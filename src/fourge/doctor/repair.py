@@ -68,7 +68,7 @@ def repair(
     check_repair(evidence, out)
     replacement = replace_tensors(evidence, findings, diagnoses)
     restored = restore_files(
-        evidence, _rules_of_files(findings), _layers(evidence, findings, replacement)
+        evidence, _rules_of_files(evidence, findings), _layers(evidence, findings, replacement)
     )
     done = _done(findings, replacement, restored)
     record = {
@@ -118,12 +118,16 @@ def repair_and_examine(
     return record
 
 
-def _rules_of_files(findings: Sequence[Finding]) -> set[str]:
-    """Rules whose findings concern JSON files. D04 is one of metadata or of tensors."""
+def _rules_of_files(evidence: Evidence, findings: Sequence[Finding]) -> set[str]:
+    """Rules whose findings concern JSON files. D04 is one of metadata or of tensors; Q11 one of
+    tensors where shared experts are packed.
+    """
+    fired = {finding.rule for finding in findings}
     return {
         finding.rule
         for finding in findings
-        if finding.rule != "D04" or all(".json" in place for place in finding.places)
+        if (finding.rule != "D04" or all(".json" in place for place in finding.places))
+        and (finding.rule != "Q11" or "Q12" not in fired or evidence.source is not None)
     }
 
 
@@ -210,6 +214,7 @@ def _why(evidence: Evidence, finding: Finding, replacement: Replacement) -> str:
         return rule.remedy
     if finding.rule in INPUT_RULES | MISSING_RULES and replacement.inputs_left:
         return "no expert of the layer has a usable input_scale: calibrate again"
-    if evidence.source is None and (rule.repair == "source" or "source" in rule.remedy):
+    needs_source = rule.repair == "source" or "source" in rule.remedy or rule.id == "Q11"
+    if evidence.source is None and needs_source:
         return "needs --source"
     return rule.remedy

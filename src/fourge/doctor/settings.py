@@ -4,12 +4,13 @@ Some values only a source can judge (a scale, a rope base); without one, what co
 the whole family is named. Defaults of engines: vllm 0.33.0 deepseek_v2.py:327, 387.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fourge.doctor.correction import Correction, key_of, list_values, shown
 from fourge.doctor.evidence import Evidence, JsonObject
 from fourge.doctor.findings import Finding, found
+from fourge.doctor.sharing import SHARING_KEYS
 from fourge.models.config import ModelConfig
 
 # Routing: what every model of these families has, and what a key means that is absent.
@@ -28,6 +29,10 @@ LAYER_TYPES = {"full_attention", "deepseek_sparse_attention"}
 SHARED_ITERATIONS = "index_share_for_mtp_iteration"
 # May differ from the source's: what quantizing adds, and what --mtp drop demands.
 MAY_DIFFER = {"quantization_config", "num_nextn_predict_layers"}
+
+ROPE_KEYS = ("rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings")
+# Rules that explain other values of all these keys.
+KEYS_OF = {"C01": ROPE_KEYS} | {f"X0{number}": SHARING_KEYS for number in range(1, 7)}
 
 
 def check_routing(raw: JsonObject, evidence: Evidence) -> Iterator[Correction]:
@@ -87,10 +92,7 @@ def _against_source(raw: JsonObject, theirs: Mapping[str, Any]) -> Iterator[Corr
     wrong = {key: pair for key, pair in values.items() if pair[0] != pair[1]}
     if wrong:
         told = [f"{key} is {shown(a)}, the source has {shown(b)}" for key, (a, b) in wrong.items()]
-        keys = {
-            key: theirs.get(key)
-            for key in ("rope_theta", "rope_parameters", "rope_scaling", "max_position_embeddings")
-        }
+        keys = {key: theirs.get(key) for key in ROPE_KEYS}
         message = f"{'; '.join(told)}."
         yield Correction(found("C01", [key_of(key) for key in wrong], message), keys)
 
@@ -128,9 +130,9 @@ def check_layer_types(raw: JsonObject, evidence: Evidence) -> Iterator[Correctio
         yield Correction(None if _source(evidence) else finding, {"layer_types": None})
 
 
-def check_settings(evidence: Evidence, named: Collection[str]) -> Iterator[Finding]:
-    """C06, C10, C12 and M11 on a config that can be understood; ``named``: places that have a
-    finding already.
+def check_settings(evidence: Evidence, before: Sequence[Finding]) -> Iterator[Finding]:
+    """C06, C10, C12 and M11 on a config that can be understood; ``before``: what check_architecture
+    found, whose keys are not named again.
     """
     raw, theirs, config = evidence.raw, _source(evidence), evidence.config
     assert config is not None
@@ -143,7 +145,8 @@ def check_settings(evidence: Evidence, named: Collection[str]) -> Iterator[Findi
         told["rms_norm_eps"] = found("C12", key_of("rms_norm_eps"), message)
     if config.uses_dsa:
         told |= _iterations(raw, theirs, "shared" in config.indexer_types)
-    skipped = {place.removeprefix(key_of("")) for place in named} | set(told) | MAY_DIFFER
+    skipped = {place.removeprefix(key_of("")) for one in before for place in one.places}
+    skipped |= {*told, *MAY_DIFFER, *(key for one in before for key in KEYS_OF.get(one.rule, ()))}
     drift = [
         key
         for key in dict.fromkeys([*theirs, *raw])

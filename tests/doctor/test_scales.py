@@ -242,6 +242,18 @@ def test_weights_of_a_bounded_law_are_not_taken_for_tied_later(tmp_path: Path):
     assert rules_of(case.checkpoint) == []
 
 
+def test_weights_between_two_bounds_are_not_taken_for_clipped(tmp_path: Path):
+    """As torch.nn.Linear begins: the largest of 16 weights is near the bound everywhere."""
+    source = write_checkpoint(tmp_path / "source", config=published_config(), traps=False)
+    torch.manual_seed(0)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert edit_tensors(source, f"{name}.weight", lambda w: w.uniform_(-0.1, 0.1))
+    case = Case.of(source, tmp_path, vocab=256)
+    facts = numbers_of(case.checkpoint).facts
+    assert max(one.largest / one.blocks for one in facts) > 0.3
+    assert rules_of(case.checkpoint) == []
+
+
 def test_a_finding_drawn_from_scales_alone_is_dropped_when_the_source_agrees(tmp_path: Path):
     """An expert whose weights really are ten times those of the others."""
     source = write_checkpoint(tmp_path / "source", config=published_config())

@@ -31,6 +31,9 @@ ZERO, SMALLEST, ONE, LARGEST = 0x00, 0x01, 0x38, 0x7E
 FEW = 1 / 64
 # Part of a projection's blocks at an end of the range that no sound quantizer leaves there.
 CROWDED = 0.25
+# At 448 that is clipping only if there are so many more than at 416: scales of weights of a bounded
+# law crowd below 448 as well.
+STEEP = 2
 # Part of the experts that must have the scale 448 for an export to be a "max" one, and how many.
 EVIDENT, MANY = 0.9, 4
 # Experts whose gate and up both reach 448 with one weight_scale_2: by chance those do whose largest
@@ -50,6 +53,7 @@ class BlockFacts:
     negative: int
     smallest: int  # at 2^-9
     largest: int  # at 448
+    second: int  # at 416
     highest: int  # the largest byte that is a number
     plain: int  # at 1, as all of a projection of zeros are
     lost: int  # of scale 0 with codes that are not
@@ -60,7 +64,8 @@ class BlockFacts:
     @property
     def crowded(self) -> int:
         """Blocks at the end of the range where there are too many, 0 where there are not."""
-        most = max(self.smallest, self.largest - self.idle - self.flat)
+        clipped = self.largest - self.idle - self.flat
+        most = max(self.smallest, clipped if clipped > STEEP * self.second else 0)
         return most if most > CROWDED * self.blocks else 0
 
 
@@ -181,6 +186,7 @@ def _examine(files: Files, projection: Projection) -> BlockFacts:
         negative=sum(counts[byte] for byte in MINUS),
         smallest=counts[SMALLEST],
         largest=counts[LARGEST],
+        second=counts[LARGEST - 1],
         highest=max(numbers, default=0),
         plain=counts[ONE],
         lost=lost,

@@ -1,0 +1,61 @@
+"""Validation by an engine that is installed: its own parser and config objects, in its own Python.
+
+One environment holds only one of the two engines, and not fourge's torch; so probe.py runs there
+as a process of its own.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fourge.errors import LaunchError
+
+PROBE = Path(__file__).with_name("probe.py")
+TIMEOUT_S = 300
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What the installed engine says."""
+
+    version: str
+    problems: tuple[str, ...]
+
+
+def verify(engine: str, words: Sequence[str], python: str) -> Verified:
+    """Ask the engine of ``python`` about ``words`` (without the program's own).
+
+    Raises LaunchError where that Python or its engine does not run.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = _run(engine, words, python, environment)
+    if done.returncode and "Failed to infer device type" in done.stderr:
+        done = _run(engine, words, python, environment | {"VLLM_TARGET_DEVICE": "cpu"})
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise LaunchError(
+            f"--verify: {python} could not ask {engine} ({last}); give the Python of the"
+            f" environment in which {engine} is installed."
+        )
+    answer = json.loads(done.stdout)
+    return Verified(answer["version"], tuple(answer["problems"]))
+
+
+def _run(
+    engine: str, words: Sequence[str], python: str, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            [python, str(PROBE), engine],
+            input=json.dumps(list(words)),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            env=environment,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"--verify: {python} does not run ({error}).") from None

@@ -1,19 +1,18 @@
 """Validation by an engine that is installed: its own parser and config objects, in its own Python.
 
-One environment holds only one of the two engines, and not fourge's torch; so probe.py runs there
+One environment holds only one of the two engines, and not fourge's torch; so ask.py runs there
 as a process of its own.
 """
 
 import json
-import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fourge.errors import LaunchError
 
-PROBE = Path(__file__).with_name("probe.py")
+ASK = Path(__file__).parent / "engine_side" / "ask.py"
 TIMEOUT_S = 300
 
 
@@ -25,12 +24,14 @@ class Verified:
     problems: tuple[str, ...]
 
 
-def verify(engine: str, words: Sequence[str], python: str) -> Verified:
+def verify(
+    engine: str, words: Sequence[str], python: str, environment: Mapping[str, str]
+) -> Verified:
     """Ask the engine of ``python`` about ``words`` (without the program's own).
 
     Raises LaunchError where that Python or its engine does not run.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = dict(environment)
     done = _run(engine, words, python, environment)
     if done.returncode and "Failed to infer device type" in done.stderr:
         done = _run(engine, words, python, environment | {"VLLM_TARGET_DEVICE": "cpu"})
@@ -49,7 +50,7 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            [python, str(PROBE), engine],
+            [python, str(ASK), engine],
             input=json.dumps(list(words)),
             capture_output=True,
             text=True,

@@ -1,6 +1,6 @@
 """Run by the Python of an engine's own environment: does its parser take these words?
 
-    PYTHON probe.py vllm|sglang < words.json
+    PYTHON ask.py vllm|sglang < words.json
 
 Imports no fourge and needs no GPU. Reads a JSON list of command-line words (without the program)
 and prints {"version": ..., "problems": [...]}. Names are exact. For vLLM the parser is not enough:
@@ -29,9 +29,8 @@ def vllm_problems(words: list[str]) -> list[str]:
         return problems
     config = importlib.import_module("vllm.config")
     loaders = importlib.import_module("vllm.model_executor.model_loader")
-    check = importlib.import_module("vllm.entrypoints.openai.cli_args")
     asked = [
-        ("arguments", lambda: check.validate_parsed_serve_args(args)),
+        ("arguments", lambda: module.validate_parsed_serve_args(args)),
         ("--attention-backend", lambda: config.AttentionConfig(backend=args.attention_backend)),
         ("--kv-cache-dtype", lambda: config.CacheConfig(cache_dtype=args.kv_cache_dtype)),
         ("--load-format", lambda: known(loaders._LOAD_FORMAT_TO_MODEL_LOADER, args.load_format)),
@@ -40,7 +39,7 @@ def vllm_problems(words: list[str]) -> list[str]:
         try:
             ask()
         except Exception as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{name}: {brief(error)}")
     return problems + speculative_problems(config.SpeculativeConfig, args.speculative_config)
 
 
@@ -55,8 +54,15 @@ def speculative_problems(config_class: typing.Any, given: typing.Any) -> list[st
         except KeyError:
             problems.append(f"--speculative-config: no key {key}")
         except Exception as error:
-            problems.append(f"--speculative-config {key}: {error}")
+            problems.append(f"--speculative-config {key}: {brief(error)}")
     return problems
+
+
+def brief(error: Exception) -> str:
+    """The first lines of an error, on one; pydantic adds where to read about its own."""
+    lines = [line.strip() for line in str(error).splitlines() if "pydantic.dev" not in line]
+    text = " ".join(lines)
+    return text if len(text) <= 240 else text[:240] + "..."
 
 
 def known(table: typing.Container[str], name: str) -> None:

@@ -25,6 +25,9 @@ from typing import Any, NamedTuple
 # Audit events that come just before the file system changes (os.replace audits as os.rename).
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "shutil.copyfile"}
 
+# What of a record differs from run to run.
+TIMES = {"fourge/run.json": "timing", "fourge/doctor.json": "checked_at"}
+
 
 class Finished(NamedTuple):
     """How a process ended; a negative status is the signal that ended it."""
@@ -85,7 +88,7 @@ def run(*arguments: object, **options: Any) -> Finished:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Relative path -> hash of every file; of fourge/run.json without "timing". Folders end in /.
+    """Relative path -> hash of every file; of records without their times. Folders end in /.
 
     Two outputs that should be the same compare equal; a difference shows by its path.
     """
@@ -96,9 +99,9 @@ def contents(folder: Path) -> dict[str, str]:
             found[name + "/"] = "folder"
             continue
         data = path.read_bytes()
-        if name == "fourge/run.json":
+        if name in TIMES:
             record = json.loads(data)
-            record.pop("timing")
+            record.pop(TIMES[name])
             data = json.dumps(record).encode()
         found[name] = hashlib.sha256(data).hexdigest()
     return found

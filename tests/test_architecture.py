@@ -20,6 +20,7 @@ LEVELS = {
     "layerwise": 3,
     "quantize": 4,
     "evaluate": 4,
+    "reports": 5,
     "cli": 6,
 }
 # Imported by --help, plan and inspect, which answer at once.

@@ -20,6 +20,10 @@ from fourge_process import run
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 VALUES = np.concatenate([MAGNITUDES, -MAGNITUDES])
 WINDOW, NUM_WINDOWS = 160, 6  # index_topk of the example model is 64
+# Between two orders of the same sums. Rounding inputs to 4 bits amplifies the last bit of a sum
+# that lies between two codes: on one processor 1.2e-4 of a mean KL of 0.032, where the lanes are
+# 0.0125 apart.
+TOLERANCE = {"w4a16": 1e-4, "w4a4": 5e-4}
 
 
 class Stored:
@@ -172,14 +176,15 @@ def test_figures_equal_those_of_transformers(
     found = document["lanes"][lane]
     assert found["tokens"] == NUM_WINDOWS * (WINDOW - 1)
     assert kl.mean() > 0.005
-    assert found["kl_mean"] == pytest.approx(float(kl.mean()), abs=1e-4)
-    assert found["kl_median"] == pytest.approx(float(kl.flatten().quantile(0.5)), abs=1e-4)
+    near = {"abs": TOLERANCE[lane]}
+    assert found["kl_mean"] == pytest.approx(float(kl.mean()), **near)
+    assert found["kl_median"] == pytest.approx(float(kl.flatten().quantile(0.5)), **near)
     beyond = kl[:, 64:]
     assert found["beyond_topk"]["tokens"] == beyond.numel()
-    assert found["beyond_topk"]["kl_mean"] == pytest.approx(float(beyond.mean()), abs=1e-4)
+    assert found["beyond_topk"]["kl_mean"] == pytest.approx(float(beyond.mean()), **near)
     for name, of in (("ppl_reference", reference), ("ppl_candidate", candidate)):
         nll = -of[:, :-1].gather(-1, rows[:, 1:, None]).mean()
-        assert found[name] == pytest.approx(float(nll.exp()), rel=1e-4)
+        assert found[name] == pytest.approx(float(nll.exp()), rel=TOLERANCE[lane])
     agreement = (reference.argmax(-1) == candidate.argmax(-1))[:, :-1].double().mean()
     assert found["top1"] == pytest.approx(float(agreement), abs=2e-3)
 

@@ -7,11 +7,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from fourge.checkpoint.writer import write_json, writing
 from fourge.cli.arguments import AsJson, parse_bytes
 from fourge.cli.progress import RunDisplay
 from fourge.cli.show import console, duration, print_json, say
 from fourge.doctor.findings import Finding, rules
+from fourge.errors import OutputError
 from fourge.layerwise.budget import format_bytes
+from fourge.layerwise.folders import OWN_FOLDER
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 ENGINE_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "transformers": "transformers"}
@@ -59,6 +62,12 @@ TensorMemory = Annotated[
         help="Bound of the tensors held at once, for example 2GiB.",
     ),
 ]
+Record = Annotated[
+    bool,
+    typer.Option(
+        "--record", help="Keep the findings in fourge/doctor.json of CHECKPOINT, for fourge report."
+    ),
+]
 ListRules = Annotated[
     bool, typer.Option("--rules", callback=_show_rules, is_eager=True, help="List all rules.")
 ]
@@ -70,6 +79,7 @@ def doctor(
     repair: Repair = None,
     sample: Sample = False,
     memory: TensorMemory = None,
+    record: Record = False,
     json: AsJson = False,
     _: ListRules = False,
 ) -> None:
@@ -81,6 +91,7 @@ def doctor(
     # Heavy: torch, numba. Imported here so that --help stays quick.
     from fourge.doctor.examine import examine, look_at
     from fourge.doctor.experts import Depth
+    from fourge.doctor.record import RECORD_NAME, describe
     from fourge.doctor.repair import check_repair, repair_and_examine
 
     start = time.monotonic()
@@ -88,8 +99,15 @@ def doctor(
         evidence = look_at(checkpoint, source)
         if repair is not None:
             check_repair(evidence, repair)
+        if record and not evidence.files.is_local:
+            raise OutputError(
+                f"{checkpoint} is not here: --record keeps the findings in the checkpoint's folder;"
+                " leave it out, or download the checkpoint."
+            )
         report = examine(evidence, Depth(sample, memory), display.scan)
         document = report.to_dict()
+        if record:
+            _keep(Path(checkpoint) / OWN_FOLDER / RECORD_NAME, describe(report, evidence))
         if repair is not None:
             document["repair"] = repair_and_examine(
                 evidence, report, repair, Depth(sample, memory), display.scan
@@ -103,6 +121,12 @@ def doctor(
         print_json(document)
     if report.has_errors:
         raise typer.Exit(1)
+
+
+def _keep(path: Path, record: dict[str, Any]) -> None:
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+    write_json(path, record)
 
 
 def _show(finding: Finding) -> None:

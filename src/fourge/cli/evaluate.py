@@ -16,60 +16,72 @@ DEFAULT_CONTEXT = 4096
 DEFAULT_TOKENS = 40 * DEFAULT_CONTEXT
 
 
+Checkpoints = Annotated[
+    list[Path], typer.Argument(metavar="CHECKPOINT...", help="Quantized checkpoints.")
+]
+Reference = Annotated[
+    Path, typer.Option("--reference", help="Folder of the BF16 checkpoint they were made from.")
+]
+Data = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        metavar="[KIND=]PATH",
+        help="Conversations or texts (JSONL, Parquet, a folder, or a dataset id), told apart by"
+        " kind: the name of the file unless given. May be repeated.",
+    ),
+]
+Lane = Annotated[
+    Literal["w4a16", "w4a4", "both"],
+    typer.Option(help="4-bit weights alone, or the experts' inputs rounded to NVFP4 as well."),
+]
+Tokens = Annotated[
+    int, typer.Option(min=2, help="Tokens in all, shared evenly by the kinds of data.")
+]
+Context = Annotated[
+    int, typer.Option(min=2, help="Most tokens of a window; longer records are cut there.")
+]
+PerExpert = Annotated[
+    bool,
+    typer.Option(
+        "--per-expert-input-scale",
+        help="Round each expert's inputs with its own input_scale, not the layer's largest.",
+    ),
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+Dtype = Annotated[
+    Literal["auto", "bfloat16", "float32"],
+    typer.Option(
+        help="Arithmetic of the candidates; the reference always computes in float32. auto:"
+        " bfloat16, as engines do, on a GPU; float32 on the CPU."
+    ),
+]
+Work = Annotated[
+    Path | None,
+    typer.Option(help="Folder for activations on the way. Default: beside the record."),
+]
+Record = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the record. Default: fourge/evaluation in CHECKPOINT."),
+]
+Seed = Annotated[int, typer.Option(min=0, help="Of the choice of windows.")]
+
+
 def evaluate(
-    checkpoints: Annotated[
-        list[Path], typer.Argument(metavar="CHECKPOINT...", help="Quantized checkpoints.")
-    ],
-    reference: Annotated[
-        Path, typer.Option("--reference", help="Folder of the BF16 checkpoint they were made from.")
-    ],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            metavar="[KIND=]PATH",
-            help="Conversations or texts (JSONL, Parquet, a folder, or a dataset id), told apart by"
-            " kind: the name of the file unless given. May be repeated.",
-        ),
-    ],
-    lane: Annotated[
-        Literal["w4a16", "w4a4", "both"],
-        typer.Option(help="4-bit weights alone, or the experts' inputs rounded to NVFP4 as well."),
-    ] = "both",
-    tokens: Annotated[
-        int, typer.Option(min=2, help="Tokens in all, shared evenly by the kinds of data.")
-    ] = DEFAULT_TOKENS,
-    context: Annotated[
-        int, typer.Option(min=2, help="Most tokens of a window; longer records are cut there.")
-    ] = DEFAULT_CONTEXT,
-    per_expert: Annotated[
-        bool,
-        typer.Option(
-            "--per-expert-input-scale",
-            help="Round each expert's inputs with its own input_scale, not the layer's largest.",
-        ),
-    ] = False,
+    checkpoints: Checkpoints,
+    reference: Reference,
+    data: Data,
+    lane: Lane = "both",
+    tokens: Tokens = DEFAULT_TOKENS,
+    context: Context = DEFAULT_CONTEXT,
+    per_expert: PerExpert = False,
     memory: HostMemory = None,
     device_memory: DeviceMemory = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")
-    ] = "auto",
-    dtype: Annotated[
-        Literal["auto", "bfloat16", "float32"],
-        typer.Option(
-            help="Arithmetic of the candidates; the reference always computes in float32. auto:"
-            " bfloat16, as engines do, on a GPU; float32 on the CPU."
-        ),
-    ] = "auto",
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder for activations on the way. Default: beside the record."),
-    ] = None,
-    record: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the record. Default: fourge/evaluation in CHECKPOINT."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of windows.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    work: Work = None,
+    record: Record = None,
+    seed: Seed = 0,
     json: AsJson = False,
 ) -> None:
     """Measure how far CHECKPOINT is from its BF16 reference, layer by layer in bounded memory.

@@ -16,6 +16,7 @@ from fourge.cli.evaluate import evaluate
 from fourge.cli.inspect import inspect
 from fourge.cli.plan import plan
 from fourge.cli.quantize import quantize
+from fourge.cli.report import report
 from fourge.errors import FourgeError
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command()(plan)
 app.command()(quantize)
 app.command()(doctor)
 app.command()(evaluate)
+app.command()(report)
 app.command()(inspect)
 
 

@@ -84,6 +84,9 @@ def quantize(
     _show_summary(out, record)
     if json:
         print_json(record)
+    if any(one["severity"] == "error" for one in record["doctor"]):
+        say(f"the doctor found errors: {out} should not be served; fourge doctor {out} says more")
+        raise typer.Exit(1)
 
 
 def _show_summary(out: Path, record: dict) -> None:
@@ -110,4 +113,7 @@ def _show_summary(out: Path, record: dict) -> None:
         f" {format_bytes(timing['peak_resident_bytes'])} of"
         f" {format_bytes(timing['memory']['host_budget'])}"
     )
-    say(f"  record    {out}/fourge/run.json, {out}/fourge/coverage.json")
+    told = [f"{one['severity']} {one['rule']}: {one['message']}" for one in record["doctor"]]
+    for line in told or ["nothing wrong"]:
+        say(f"  doctor    {line}")
+    say(f"  record    {out}/fourge: run.json, coverage.json, doctor.json")

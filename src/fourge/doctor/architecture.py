@@ -134,6 +134,8 @@ def _mtp_count(raw: JsonObject, evidence: Evidence) -> Iterator[Correction]:
     is_there = count in beyond if value == 1 else any(map(_is_mtp, beyond.values()))
     fitting = 1 if is_there else 0
     if value not in (None, 0, 1) or isinstance(value, bool):
+        if value == len(beyond) and all(map(_is_mtp, beyond.values())):
+            fitting = value
         message = f"{MTP_KEY} is {shown(value)}; there are {len(beyond)} MTP layers."
         yield Correction(found("M10", key_of(MTP_KEY), message), {MTP_KEY: fitting})
     elif (value or 0) == fitting or evidence.is_unclear or not evidence.tensors:

@@ -29,6 +29,9 @@ from fourge.checkpoint.metadata import (
 )
 from fourge.checkpoint.source import FileReader, TensorStream
 from fourge.checkpoint.writer import PARTIAL_SUFFIX, ShardPlan, is_written, write_index, write_json
+from fourge.doctor import record as doctor_record
+from fourge.doctor.examine import Report, examine, look_at
+from fourge.doctor.experts import Depth
 from fourge.errors import OutputError
 from fourge.layerwise.activations import Batch, hidden_file, make_batches
 from fourge.layerwise.budget import STAGING_BYTES
@@ -72,7 +75,7 @@ def quantize(job: Job, on_progress: OnProgress) -> dict:
                 progress.stage(copy.title, layers_done=len(layers))
                 _copy(job, files, copy, progress)
     progress.stage("closing", layers_done=len(layers))
-    return _finish(job)
+    return _finish(job, progress)
 
 
 def _written_files(job: Job) -> Iterator[Path]:
@@ -158,15 +161,18 @@ def _copy_pieces(
         yield first, rows
 
 
-def _finish(job: Job) -> dict:
-    """Everything that is not a shard, config.json and run.json last; then the work is removed."""
+def _finish(job: Job, progress: Progress) -> dict:
+    """Everything that is not a shard, the doctor's word on it, and run.json last; then the work is
+    removed.
+    """
     source, layout = job.plan.source, job.plan.layout
     write_index(job.out, layout.shards)
     _verify(job)
     copy_files(source.folder, job.out, source.other_files)
     coverage = _write_coverage(job)
     write_metadata(job.out, layout.config_text, list(layout.excluded))
-    record = _record(job, coverage)
+    report = _examine(job, progress)
+    record = _record(job, coverage, report)
     write_json(job.own / RUN_NAME, record)
     remove_work(job.out, job.work)
     return record
@@ -177,6 +183,22 @@ def _verify(job: Job) -> None:
     written = read_checkpoint(job.out).tensors
     planned = {name for shard in job.plan.layout.shards for name in shard.sizes}
     assert set(written) == planned, "the written checkpoint differs from the plan"
+
+
+def _examine(job: Job, progress: Progress) -> Report:
+    """All of the doctor's rules that need no source, over every byte of the output."""
+    stages: list[str] = []
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if stages[-1:] != [stage]:
+            stages.append(stage)
+            progress.stage(f"doctor, {stage}", layers_done=len(job.plan.layout.layers))
+        progress.advance()
+
+    evidence = look_at(job.out, source=None)
+    report = examine(evidence, Depth(memory=STAGING_BYTES), tell)
+    write_json(job.own / doctor_record.RECORD_NAME, doctor_record.describe(report, evidence))
+    return report
 
 
 def _write_coverage(job: Job) -> Coverage:
@@ -198,7 +220,7 @@ def _write_coverage(job: Job) -> Coverage:
     return coverage
 
 
-def _record(job: Job, coverage: Coverage) -> dict:
+def _record(job: Job, coverage: Coverage, report: Report) -> dict:
     """``fourge/run.json``. Everything that differs between two runs of one input is in "timing"."""
     plan = job.plan
     return {
@@ -213,6 +235,10 @@ def _record(job: Job, coverage: Coverage) -> dict:
             if layer.is_sparse
         ],
         "coverage": coverage._asdict(),
+        "doctor": [
+            {"rule": one.rule, "severity": one.severity, "message": one.message}
+            for one in report.findings
+        ],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

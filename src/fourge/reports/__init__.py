@@ -1,0 +1,1 @@
+"""Records -> one HTML page and a model card. Computes nothing but layout."""

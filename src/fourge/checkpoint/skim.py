@@ -92,7 +92,9 @@ def _expected(folder: Path) -> set[str]:
     numbered = [match for name in sorted(found) if (match := _NUMBERED.fullmatch(name))]
     if numbered and len(numbered) == len(found):
         stem, count = numbered[0][1], numbered[0][2]
-        return {f"{stem}-{n:0{len(count)}d}-of-{count}.safetensors" for n in range(1, int(count) + 1)}
+        return {
+            f"{stem}-{n:0{len(count)}d}-of-{count}.safetensors" for n in range(1, int(count) + 1)
+        }
     return {name.decode() for name in _SHARD_NAME.findall(index.read_bytes())}
 
 

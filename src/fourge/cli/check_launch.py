@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.text import Text
 
-from fourge.cli.arguments import AsJson
-from fourge.cli.launch import Verify
+from fourge.cli.arguments import AsJson, EnginePython
 from fourge.cli.show import console, print_json, say
 from fourge.errors import LaunchError
 from fourge.launch import hardware as machines
@@ -56,7 +55,7 @@ def check_launch(
     file: File,
     engine_version: EngineVersion = None,
     hardware: Machine = None,
-    verify: Verify = None,
+    verify: EnginePython = None,
     json: AsJson = False,
 ) -> None:
     """Check every option, variable and container option of the launch command in FILE.
@@ -106,11 +105,9 @@ def _problems(one: Review, python: str) -> list[str]:
 
 
 def _document(one: Review) -> dict[str, Any]:
-    command = one.command
-    engine = load(command.engine)
     return {
-        "engine": command.engine,
-        "engine_version": engine.version,
+        "engine": one.command.engine,
+        "engine_version": one.version,
         "needs_change": one.needs_change,
         "counts": _counts(one),
         "findings": [
@@ -132,19 +129,17 @@ def _counts(one: Review) -> dict[str, int]:
 
 
 def _show(one: Review) -> None:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold", ratio=2)
-    table.add_column(overflow="fold", ratio=3)
+    """A line per finding, in one piece: a table would take as long as everything else."""
+    width = max((len(_what(finding)) for finding in one.findings), default=0)
+    text = Text()
     for finding in one.findings:
-        style = STYLES[finding.verdict]
-        table.add_row(f"[{style}]{finding.verdict}[/]", _escaped(_what(finding)), _why(finding))
-    console.print(table)
+        text.append(f"{finding.verdict:9}  ", STYLES[finding.verdict])
+        text.append(f"{_what(finding):{width}}  {_why(finding)}".rstrip() + "\n")
     for sentence in one.advice:
-        say(f"advice     {sentence}")
+        text.append("advice     ", "cyan").append(sentence + "\n")
     told = ", ".join(f"{count} {verdict}" for verdict, count in _counts(one).items())
-    say(f"{one.command.engine} {load(one.command.engine).version}: {told}")
-    say("")
+    text.append(f"{one.command.engine} {one.version}: {told}\n")
+    console.print(text, soft_wrap=True)
 
 
 def _what(finding: Finding) -> str:
@@ -157,12 +152,8 @@ def _what(finding: Finding) -> str:
 
 def _why(finding: Finding) -> str:
     if not finding.becomes:
-        return _escaped(finding.reason)
+        return finding.reason
     words = " ".join(finding.becomes)
     if len(words) > LONGEST_VALUE:
         words = words[: LONGEST_VALUE - 3] + "..."
-    return _escaped(f"{finding.reason} -> {words}")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
+    return f"{finding.reason} -> {words}"

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fourge.cli.arguments import AsJson
+from fourge.cli.arguments import AsJson, EnginePython
 from fourge.cli.show import console, print_json, say
 from fourge.errors import LaunchError
 from fourge.launch import hardware as machines
@@ -69,14 +69,6 @@ Hosts = Annotated[
     str | None,
     typer.Option("--hosts", metavar="A,B", help="Names of the hosts, the first one answers."),
 ]
-Verify = Annotated[
-    str | None,
-    typer.Option(
-        "--verify",
-        metavar="PYTHON",
-        help="Let the engine of this Python check the command with its own parser.",
-    ),
-]
 Run = Annotated[
     bool, typer.Option("--run", help="Start the engine here, wait for it and test it; Ctrl-C ends.")
 ]
@@ -96,7 +88,7 @@ def launch(
     port: Port = 8000,
     api_key: ApiKey = None,
     hosts: Hosts = None,
-    verify: Verify = None,
+    verify: EnginePython = None,
     run: Run = False,
     json: AsJson = False,
 ) -> None:

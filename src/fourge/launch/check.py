@@ -14,13 +14,12 @@ from typing import Any
 from fourge.checkpoint.metadata import read_config
 from fourge.errors import FourgeError
 from fourge.launch import pattern as index_pattern
-from fourge.launch import sglang, vllm
 from fourge.launch.catalogue import Catalogue, Spec, is_json
 from fourge.launch.command import Argument, Command
 from fourge.launch.relations import View, advice, relations
+from fourge.launch.releases import RELEASES
 from fourge.launch.rules import Finding, becomes_of, match, match_key
 
-IMAGES = {"vllm": vllm.IMAGE, "sglang": sglang.IMAGE}
 OVERRIDES = {"vllm": "--hf-overrides", "sglang": "--json-model-override-args"}
 PREFIXES = {"vllm": ("VLLM_",), "sglang": ("SGLANG_", "SGL_")}
 BROKEN = (
@@ -36,9 +35,12 @@ TRAINED_NAME = re.compile(r"glm-?5\.[2-9]", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Review:
-    """Findings in the order of the command, sentences of advice, and the command put right."""
+    """Findings in the order of the command, sentences of advice, and the command put right, for
+    one release of the engine.
+    """
 
     command: Command
+    version: str
     findings: tuple[Finding, ...]
     advice: tuple[str, ...]
     corrected: Command
@@ -58,6 +60,7 @@ def review(command: Command, catalogue: Catalogue, family: int | None = None) ->
     findings = _overruled(findings, list(relations(view, findings)))
     return Review(
         command=command,
+        version=catalogue.version,
         findings=tuple(findings),
         advice=tuple(advice(view)),
         corrected=_corrected(command, findings),
@@ -115,10 +118,10 @@ def _variables(view: View) -> Iterator[Finding]:
         if found is None and value in given and value[:1] in ("{", "["):
             reason = "it only carries the text of an option, which stands there itself now"
             found = Finding("variable", name, value, "redundant", reason, ())
-        if found is None and name.startswith(PREFIXES[engine]):
-            if name not in view.catalogue.environment:
-                reason = f"{engine} {view.catalogue.version} reads no variable of that name"
-                found = Finding("variable", name, value, "ignored", reason, ())
+        unread = name.startswith(PREFIXES[engine]) and name not in view.catalogue.environment
+        if found is None and unread:
+            reason = f"{engine} {view.catalogue.version} reads no variable of that name"
+            found = Finding("variable", name, value, "ignored", reason, ())
         yield found or Finding("variable", name, value, "kept", "")
 
 
@@ -129,7 +132,7 @@ def _container(view: View) -> Iterator[Finding]:
     engine = view.command.engine
     image = match(engine, "container", "image", container.image)
     if image is not None:
-        yield replace(image, becomes=(IMAGES[engine],))
+        yield replace(image, becomes=(RELEASES[engine].image,))
     else:
         yield Finding("container", "image", container.image, "kept", "")
     environment = dict(view.command.environment)
@@ -338,7 +341,7 @@ def _corrected(command: Command, findings: list[Finding]) -> Command:
     container = command.container
     if container is not None:
         container = replace(container, image=image, options=tuple(options))
-        program = ("vllm", "serve") if command.engine == "vllm" else sglang.PROGRAM
+        program = RELEASES[command.engine].program
     return replace(
         command,
         program=program,

@@ -16,11 +16,12 @@ from fourge.launch.shell import ASSIGNMENT, BROKEN_CONTINUATION, commands
 Pairs = tuple[tuple[str, str], ...]
 CONTAINER_PROGRAMS = ("docker", "podman", "nerdctl")
 # Options of ``docker run`` that take no value; every other does.
-SWITCHES = frozenset(
-    "-d --detach -i --interactive -t --tty -it -ti -dit -itd --rm --privileged --init --read-only"
-    " -P --publish-all --no-healthcheck --oom-kill-disable --sig-proxy --disable-content-trust"
-    " -q --quiet --use-api-socket".split()
-)
+SWITCHES = frozenset({
+    "-d", "--detach", "-i", "--interactive", "-t", "--tty", "-it", "-ti", "-dit", "-itd", "--rm",
+    "--privileged", "--init", "--read-only", "-P", "--publish-all", "--no-healthcheck",
+    "--oom-kill-disable", "--sig-proxy", "--disable-content-trust", "-q", "--quiet",
+    "--use-api-socket"
+})  # fmt: skip
 ENVIRONMENT_OPTIONS = ("-e", "--env")
 _OPTION = re.compile(r"-{1,2}[A-Za-z][\w.+-]*(=.*)?", re.DOTALL)
 
@@ -270,7 +271,8 @@ def _environment(value: object) -> dict[str, str]:
     if isinstance(value, dict):
         items: Iterable[tuple[str, object]] = value.items()
     elif isinstance(value, list):
-        items = [tuple(str(entry).partition("=")[::2]) for entry in value]
+        split = [str(entry).partition("=") for entry in value]
+        items = [(name, content) for name, _, content in split]
     else:
         items = []
     return {name: _interpolate("" if content is None else str(content)) for name, content in items}

@@ -102,16 +102,16 @@ def lay_out(
 def per_gpu(weights: Weights, parallel: Parallel) -> int:
     """Bytes on each GPU of a stage: matrices are cut by tensor parallelism, experts also spread."""
     parts = parallel.tensor * parallel.data
-    return -(-weights.experts // parts) + -(-weights.sharded // parallel.tensor) + weights.replicated
+    return (
+        -(-weights.experts // parts) + -(-weights.sharded // parallel.tensor) + weights.replicated
+    )
 
 
 def _vllm(gpu: Gpu, config: ModelConfig, parallel: Parallel, load: Load) -> Memory:
     logits = 2 * 4 * load.sequences * (load.drafts + 1) * config.vocab_size // parallel.tensor
     activations = HIDDEN_STATES * 2 * config.hidden_size * load.chunk + logits
     graphs = VLLM_GRAPH * load.graph
-    return Memory(
-        gpu.memory, gpu.utilization["vllm"], 0, 0, activations, graphs, VLLM_RUNTIME, 1
-    )
+    return Memory(gpu.memory, gpu.utilization["vllm"], 0, 0, activations, graphs, VLLM_RUNTIME, 1)
 
 
 def _sglang(gpu: Gpu, parallel: Parallel, load: Load) -> Memory:

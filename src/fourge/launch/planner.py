@@ -11,6 +11,7 @@ from fourge.errors import LaunchError
 from fourge.launch import pattern as index_pattern
 from fourge.launch.hardware import Hardware, machines
 from fourge.launch.memory import GIB, Load, Memory, Parallel, lay_out
+from fourge.launch.releases import SM120_INDEX_TOPK
 from fourge.launch.served import Served
 from fourge.models.config import ModelConfig
 
@@ -22,7 +23,6 @@ DRAFTS = 3  # what both engines' documentation proposes for one MTP layer
 # A cache that holds fewer tokens than this per sequence serves fewer sequences instead.
 TOKENS_PER_SEQUENCE = 8192
 SMALLEST_CHUNK = 2048
-SM120_INDEX_TOPK = 2048
 PACKED_ALIGNMENT = 16
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from fourge.launch.catalogue import Catalogue
 from fourge.launch.command import Command
-from fourge.launch.planner import SM120_INDEX_TOPK
+from fourge.launch.releases import SM120_INDEX_TOPK
 from fourge.launch.rules import Finding
 
 EVERYWHERE = ("0.0.0.0", "::", "[::]")
@@ -50,10 +50,7 @@ class View:
     @cached_property
     def options(self) -> dict[str, str]:
         """Full name -> value; the last one of several."""
-        return {
-            self.canonical(one.flag): " ".join(one.values)
-            for one in self.command.arguments
-        }
+        return {self.canonical(one.flag): " ".join(one.values) for one in self.command.arguments}
 
     @cached_property
     def flags(self) -> dict[str, str]:
@@ -62,8 +59,10 @@ class View:
 
     @property
     def model(self) -> str:
-        return self.command.model or self.options.get("--model-path") or self.options.get(
-            "--model", ""
+        return (
+            self.command.model
+            or self.options.get("--model-path")
+            or self.options.get("--model", "")
         )
 
     def number(self, name: str, default: float) -> float:
@@ -238,7 +237,9 @@ def _sglang_attention(view: View) -> Iterator[Finding]:
     old = ("--nsa-prefill-backend", "--nsa-decode-backend")
     given = [name for name in (*names, *old) if view.options.get(name) == "tilelang"]
     if len(given) == 1 and view.options.get("--kv-cache-dtype") == "fp8_e4m3":
-        reason = "tilelang reads an FP8 cache of its own layout: prefill and decode both, or neither"
+        reason = (
+            "tilelang reads an FP8 cache of its own layout: prefill and decode both, or neither"
+        )
         yield view.finding(given[0], "invalid", reason, ())
     topk = view.number("--speculative-eagle-topk", 1)
     if view.number("--dcp-size", 1) > 1 and topk != 1:

@@ -12,6 +12,7 @@ from fourge.launch import sglang, vllm
 from fourge.launch.memory import GIB
 from fourge.launch.options import Endpoint, HostCommand, Variable
 from fourge.launch.planner import Plan
+from fourge.launch.releases import RELEASES
 
 FORMATS = ("shell", "docker", "compose", "json", "explain")
 IN_CONTAINER = ("docker", "compose")
@@ -30,16 +31,14 @@ class Launch:
 
     @property
     def image(self) -> str:
-        return vllm.IMAGE if self.plan.engine == "vllm" else sglang.IMAGE
+        return RELEASES[self.plan.engine].image
 
     @property
     def version(self) -> str:
-        return vllm.VERSION if self.plan.engine == "vllm" else sglang.VERSION
+        return RELEASES[self.plan.engine].version
 
 
-def make_launch(
-    plan: Plan, endpoint: Endpoint, hosts: Sequence[str], *, contained: bool
-) -> Launch:
+def make_launch(plan: Plan, endpoint: Endpoint, hosts: Sequence[str], *, contained: bool) -> Launch:
     """The commands of every host."""
     engine = vllm if plan.engine == "vllm" else sglang
     folder = MODEL_IN_CONTAINER if contained else str(plan.served.folder.resolve())
@@ -138,8 +137,7 @@ def _compose(launch: Launch) -> str:
     for command in launch.commands:
         program, *rest = _words(command)
         environment = {
-            one.name: one.value.replace("$", "$$")
-            for one in container_environment(launch, command)
+            one.name: one.value.replace("$", "$$") for one in container_environment(launch, command)
         }
         devices = [{"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}]
         service = {
@@ -240,9 +238,7 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         ("runtime", memory.runtime, "CUDA context, NCCL"),
         ("KV cache", memory.cache, f"{memory.bytes_per_token:,} bytes per token"),
     ]
-    yield from _table(
-        [(name, f"{size / GIB:8.2f} GiB", note) for name, size, note in rows]
-    )
+    yield from _table([(name, f"{size / GIB:8.2f} GiB", note) for name, size, note in rows])
     each = " on each replica" if plan.parallel.data > 1 else ""
     yield f"  {memory.tokens:,} tokens fit{each}, {memory.tokens / plan.context:.2f} whole contexts"
 

@@ -72,6 +72,6 @@ def _compose(command: Command) -> str:
     else:
         service.pop("environment", None)
     services = {**document["services"], command.container.service: service}
-    return yaml.safe_dump(
-        {**document, "services": services}, sort_keys=False, width=10_000
-    ).rstrip("\n")
+    return yaml.safe_dump({**document, "services": services}, sort_keys=False, width=10_000).rstrip(
+        "\n"
+    )

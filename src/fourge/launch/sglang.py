@@ -12,18 +12,15 @@ from fourge.launch.options import (
     Endpoint,
     HostCommand,
     Option,
-    Variable,
     common_environment,
     family,
     host_names,
     sampling,
 )
 from fourge.launch.planner import Plan
+from fourge.launch.releases import RELEASES
 
-VERSION = "0.5.23"
-IMAGE = f"lmsysorg/sglang:v{VERSION}"
 INIT_PORT = 20000
-PROGRAM = ("python3", "-m", "sglang.launch_server")
 LARGEST_GRAPH = 256
 
 
@@ -35,7 +32,7 @@ def commands(plan: Plan, endpoint: Endpoint, hosts: Sequence[str], model: str) -
     for number, host in enumerate(names):
         rank = list(_rank(number, names)) if len(names) > 1 else []
         own = (Option("--model-path", model, "the checkpoint"), *options(plan, endpoint), *rank)
-        found.append(HostCommand(host, (), PROGRAM, model, own, environment))
+        found.append(HostCommand(host, (), RELEASES["sglang"].program, model, own, environment))
     return found
 
 

@@ -20,9 +20,8 @@ from fourge.launch.options import (
     sampling,
 )
 from fourge.launch.planner import Plan
+from fourge.launch.releases import RELEASES
 
-VERSION = "0.33.0"
-IMAGE = f"vllm/vllm-openai:v{VERSION}"
 RAY_PORT = 6379
 # How NVFP4 experts are computed where "auto" is not the choice (fused_moe/oracle/nvfp4.py:199-213).
 MOE_BACKENDS = {
@@ -36,7 +35,12 @@ def commands(plan: Plan, endpoint: Endpoint, hosts: Sequence[str], model: str) -
     names = host_names(plan, hosts)
     environment = tuple(_environment(plan, endpoint))
     first = HostCommand(
-        names[0], (), ("vllm", "serve", model), model, tuple(options(plan, endpoint)), environment
+        names[0],
+        (),
+        (*RELEASES["vllm"].program, model),
+        model,
+        tuple(options(plan, endpoint)),
+        environment,
     )
     if len(names) == 1:
         return [first]

@@ -11,7 +11,7 @@ from fourge.cli.show import console, print_json, say
 from fourge.errors import LaunchError
 from fourge.launch import hardware as machines
 from fourge.launch.options import Endpoint
-from fourge.launch.planner import Plan, Request, make_plan
+from fourge.launch.planner import Request, make_plan
 from fourge.launch.render import IN_CONTAINER, Launch, document, make_launch, render
 from fourge.launch.served import look_at
 from fourge.launch.verify import verify as ask_engine
@@ -128,7 +128,7 @@ def launch(
     elif not run:
         print(render(made, chosen))
     if chosen != "explain":
-        _summary(plan)
+        _summary(made)
     if problems:
         raise typer.Exit(1)
     if run:
@@ -165,10 +165,11 @@ def _verified(made: Launch, python: str) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _summary(plan: Plan) -> None:
+def _summary(made: Launch) -> None:
     """The choices, one to a line, beside the command on stdout."""
-    width = max(len(choice.name) for choice in plan.choices)
-    for choice in plan.choices:
+    plan = made.plan
+    width = max(len(choice.name) for choice in made.choices)
+    for choice in made.choices:
         say(f"{choice.name:{width}}  {choice.value} ({choice.reason})")
     for warning in plan.warnings:
         console.print("[yellow]warning:[/] ", end="")

@@ -28,7 +28,8 @@ BROKEN = (
 )
 TRADE = "the pattern trades quality for speed and was not part of the model's training"
 # Worth saying even where they are the default.
-SPELLED_OUT = ("--host", "--port")
+SPELLED_OUT = ("--host", "--port", "--node-rank")
+MOST_ROUNDS = 4
 # Families whose published models have a sharing of their own.
 TRAINED_NAME = re.compile(r"glm-?5\.[2-9]", re.IGNORECASE)
 
@@ -52,19 +53,33 @@ class Review:
 
 def review(command: Command, catalogue: Catalogue, family: int | None = None) -> Review:
     """Look at every part. ``family``: the GPUs' architecture (90, 100, 120) where it is known."""
-    view = View(command, catalogue, family or _family(command), _config(command))
-    broken = [
-        Finding("text", f"line {line}", "", "invalid", BROKEN) for line in command.broken_lines
-    ]
-    findings = [*broken, *_variables(view), *_container(view), *_arguments(view)]
-    findings = _overruled(findings, list(relations(view, findings)))
+    findings = _findings(command, catalogue, family)
+    corrected = _corrected(command, findings)
+    for _ in range(MOST_ROUNDS):  # what was put right may be wrong together
+        again = _findings(corrected, catalogue, family)
+        if not any(finding.needs_change for finding in again):
+            break
+        corrected = _corrected(corrected, again)
     return Review(
         command=command,
         version=catalogue.version,
         findings=tuple(findings),
-        advice=tuple(advice(view)),
-        corrected=_corrected(command, findings),
+        advice=tuple(advice(_view(command, catalogue, family))),
+        corrected=corrected,
     )
+
+
+def _view(command: Command, catalogue: Catalogue, family: int | None) -> View:
+    return View(command, catalogue, family or _family(command), _config(command))
+
+
+def _findings(command: Command, catalogue: Catalogue, family: int | None) -> list[Finding]:
+    view = _view(command, catalogue, family)
+    broken = [
+        Finding("text", f"line {line}", "", "invalid", BROKEN) for line in command.broken_lines
+    ]
+    findings = [*broken, *_variables(view), *_container(view), *_arguments(view)]
+    return _overruled(findings, list(relations(view, findings)))
 
 
 def _family(command: Command) -> int | None:
@@ -265,12 +280,16 @@ def _json(view: View, argument: Argument, spec: Spec) -> Finding | None:
                 fixed[key] = new[0]
             elif new is not None:
                 fixed.pop(key)
+    for key in list(fixed):
+        fault = view.catalogue.fault(spec, (json.dumps({key: fixed[key]}),), view.names)
+        if fault is not None:
+            verdict = "invalid"
+            reasons.append(fault)
+            fixed.pop(key)
     if not reasons:
         return None
-    fault = view.catalogue.fault(spec, (json.dumps(fixed),), view.names)
-    if fault is not None:
-        return _finding(argument, "invalid", "; ".join([*reasons, fault]), ())
-    return _finding(argument, verdict, "; ".join(reasons), (argument.flag, _dump(fixed)))
+    becomes = (argument.flag, _dump(fixed)) if fixed else ()
+    return _finding(argument, verdict, "; ".join(reasons), becomes)
 
 
 def _pattern(view: View, argument: Argument, content: dict[str, Any]) -> Finding:

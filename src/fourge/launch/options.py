@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fourge.launch.planner import Plan
+from fourge.launch.planner import Choice, Plan
 
 MODELS = Path(__file__).with_name("models.toml")
 
@@ -80,6 +80,16 @@ def common_environment(plan: Plan) -> Iterator[Variable]:
 def sampling(plan: Plan) -> dict[str, float]:
     """Of generation_config.json, else what the publisher recommends."""
     return plan.served.sampling or family(plan.served.config.model_type).get("sampling", {})
+
+
+def sampling_choice(plan: Plan) -> Choice:
+    """What answers are sampled with where a request says nothing."""
+    found = sampling(plan)
+    value = ", ".join(f"{key} {number:g}" for key, number in found.items()) or "the engine's own"
+    if plan.served.sampling:
+        return Choice("sampling", value, "of the checkpoint's generation_config.json")
+    reason = "the publisher's recommendation; the checkpoint has no generation_config.json"
+    return Choice("sampling", value, reason if found else "nothing is recommended")
 
 
 def host_names(plan: Plan, given: Sequence[str]) -> list[str]:

@@ -40,8 +40,12 @@ class View:
     config: dict[str, Any] | None
 
     def canonical(self, flag: str) -> str:
+        """The full name, of an abbreviation too where it is clear."""
         spec = self.catalogue.find(flag)
-        return flag if spec is None else spec.flag
+        if spec is not None:
+            return spec.flag
+        full = self.catalogue.prefixed(flag)
+        return full[0] if len(full) == 1 else flag
 
     @cached_property
     def names(self) -> frozenset[str]:

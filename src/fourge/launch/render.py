@@ -11,7 +11,7 @@ from typing import Any
 from fourge.launch import sglang, vllm
 from fourge.launch.memory import GIB
 from fourge.launch.options import Endpoint, HostCommand, Variable
-from fourge.launch.planner import Plan
+from fourge.launch.planner import Choice, Plan
 from fourge.launch.releases import RELEASES
 
 FORMATS = ("shell", "docker", "compose", "json", "explain")
@@ -27,6 +27,7 @@ class Launch:
 
     plan: Plan
     commands: tuple[HostCommand, ...]
+    choices: tuple[Choice, ...]
     contained: bool
 
     @property
@@ -42,7 +43,9 @@ def make_launch(plan: Plan, endpoint: Endpoint, hosts: Sequence[str], *, contain
     """The commands of every host."""
     engine = vllm if plan.engine == "vllm" else sglang
     folder = MODEL_IN_CONTAINER if contained else str(plan.served.folder.resolve())
-    return Launch(plan, tuple(engine.commands(plan, endpoint, hosts, folder)), contained)
+    found = engine.commands(plan, endpoint, hosts, folder)
+    choices = (*plan.choices, *engine.left_to_engine(plan))
+    return Launch(plan, tuple(found), choices, contained)
 
 
 def render(launch: Launch, form: str) -> str:
@@ -186,7 +189,7 @@ def document(launch: Launch) -> dict[str, Any]:
         "index_pattern": plan.request.pattern,
         "memory": asdict(memory) | {"cache": memory.cache, "tokens": memory.tokens},
         "tokens": plan.tokens,
-        "choices": [asdict(choice) for choice in plan.choices],
+        "choices": [asdict(choice) for choice in launch.choices],
         "warnings": list(plan.warnings),
         "commands": [_command_document(launch, command) for command in launch.commands],
     }
@@ -211,7 +214,7 @@ def _explain(launch: Launch) -> Iterator[str]:
     yield "\nMemory of one GPU"
     yield from _memory_table(plan)
     yield "\nChoices"
-    yield from _table([(one.name, one.value, one.reason) for one in plan.choices])
+    yield from _table([(one.name, one.value, one.reason) for one in launch.choices])
     first = launch.commands[0]
     yield "\nOptions"
     rows = []
@@ -238,7 +241,13 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         ("runtime", memory.runtime, "CUDA context, NCCL"),
         ("KV cache", memory.cache, f"{memory.bytes_per_token:,} bytes per token"),
     ]
-    yield from _table([(name, f"{size / GIB:8.2f} GiB", note) for name, size, note in rows])
+    yield from _table(
+        [
+            (name, f"{size / GIB:8.2f} GiB", note)
+            for name, size, note in rows
+            if size or name == "MTP layer"
+        ]
+    )
     each = " on each replica" if plan.parallel.data > 1 else ""
     yield f"  {memory.tokens:,} tokens fit{each}, {memory.tokens / plan.context:.2f} whole contexts"
 
@@ -246,7 +255,9 @@ def _memory_table(plan: Plan) -> Iterator[str]:
 def _share_reason(plan: Plan) -> str:
     if plan.engine == "vllm":
         return "--gpu-memory-utilization; everything below lies in it"
-    return "--mem-fraction-static: weights and cache; activations and graphs lie outside it"
+    given = "sglang" in plan.hardware.gpu.utilization
+    chosen = "--mem-fraction-static" if given else "what SGLang chooses by itself"
+    return f"{chosen}: weights and cache; activations and graphs lie outside it"
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> Iterator[str]:

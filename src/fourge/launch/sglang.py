@@ -16,12 +16,16 @@ from fourge.launch.options import (
     family,
     host_names,
     sampling,
+    sampling_choice,
 )
-from fourge.launch.planner import Plan
+from fourge.launch.planner import Choice, Plan
 from fourge.launch.releases import RELEASES
 
 INIT_PORT = 20000
 LARGEST_GRAPH = 256
+
+# What dsa comes to with an FP8 cache, prefill and decode (arg_groups/overrides.py:646-735).
+ATTENTION = {90: "dsa, flashmla_kv", 100: "dsa, trtllm", 120: "dsa, flashinfer_sparse_mla"}
 
 
 def commands(plan: Plan, endpoint: Endpoint, hosts: Sequence[str], model: str) -> list[HostCommand]:
@@ -135,6 +139,28 @@ def _chat(plan: Plan) -> Iterator[Option]:
     if sampling(plan):
         reason = "used where a request says nothing"
         yield Option("--preferred-sampling-params", _json(sampling(plan)), reason)
+
+
+def left_to_engine(plan: Plan) -> Iterator[Choice]:
+    """What SGLang chooses by itself, and what it comes to here."""
+    served = plan.served
+    if served.config.uses_dsa:
+        backend = ATTENTION[plan.family] if plan.kv == "fp8" else "dsa"
+        yield Choice("attention", backend, "left to SGLang, which chooses by architecture")
+    if not served.is_nvfp4:
+        yield Choice("MoE", "auto", f"experts are {served.experts.upper()}; left to SGLang")
+    elif plan.family == 90:
+        yield Choice("MoE", "marlin", "Hopper has no FP4 arithmetic")
+    elif plan.family == 100 and plan.parallel.data == 1:
+        yield Choice("MoE", "flashinfer_trtllm", "left to SGLang, which takes it on SM10x")
+    else:
+        yield Choice("MoE", "flashinfer_cutlass", "what SGLang takes here for NVFP4")
+    yield sampling_choice(plan)
+    yield Choice(
+        "caches",
+        "kept",
+        "compiled kernels stay in ~/.cache; containers get a volume for them",
+    )
 
 
 def _json(value: object) -> str:

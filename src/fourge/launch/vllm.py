@@ -18,8 +18,9 @@ from fourge.launch.options import (
     family,
     host_names,
     sampling,
+    sampling_choice,
 )
-from fourge.launch.planner import Plan
+from fourge.launch.planner import Choice, Plan
 from fourge.launch.releases import RELEASES
 
 RAY_PORT = 6379
@@ -27,6 +28,13 @@ RAY_PORT = 6379
 MOE_BACKENDS = {
     120: ("flashinfer_cutlass", "CUTLASS is the proven NVFP4 path of SM12x; trtllm is SM10x only"),
     90: ("marlin", "Hopper has no FP4 arithmetic; Marlin computes in 16 bits on packed weights"),
+}
+
+# What "auto" comes to with an FP8 cache (platforms/cuda.py:101-155).
+ATTENTION = {
+    90: "FLASH_ATTN_MLA_SPARSE",
+    100: "FLASHINFER_MLA_SPARSE",
+    120: "FLASHINFER_MLA_SPARSE_SM120",
 }
 
 
@@ -156,6 +164,26 @@ def _environment(plan: Plan, endpoint: Endpoint) -> Iterator[Variable]:
     yield from common_environment(plan)
     if endpoint.api_key is not None:
         yield Variable("VLLM_API_KEY", endpoint.api_key, "not on the command line, which ps shows")
+
+
+def left_to_engine(plan: Plan) -> Iterator[Choice]:
+    """What vLLM chooses by itself, and what it comes to here."""
+    served = plan.served
+    if served.config.uses_dsa:
+        backend = ATTENTION[plan.family] if plan.kv == "fp8" else "by its size"
+        yield Choice("attention", backend, "left to vLLM, which chooses by architecture")
+    if not served.is_nvfp4:
+        yield Choice("MoE", "auto", f"experts are {served.experts.upper()}; left to vLLM")
+    elif plan.family in MOE_BACKENDS:
+        yield Choice("MoE", *MOE_BACKENDS[plan.family])
+    else:
+        yield Choice("MoE", "flashinfer_trtllm", "left to vLLM: the first of its order on SM10x")
+    yield sampling_choice(plan)
+    yield Choice(
+        "caches",
+        "kept",
+        "compiled kernels and graphs stay in ~/.cache; containers get a volume for them",
+    )
 
 
 def _json(value: object) -> str:

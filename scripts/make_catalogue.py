@@ -11,6 +11,7 @@ its config objects check later are listed under "values", keys of JSON options u
 import argparse
 import importlib
 import importlib.metadata
+import itertools
 import json
 import sys
 import typing
@@ -33,9 +34,10 @@ def sglang_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def option(action: argparse.Action) -> JsonObject:
-    """One line of the catalogue."""
-    flag, *aliases = sorted(action.option_strings, key=lambda name: (not name.startswith("--"),))
+def option(action: argparse.Action, names: list[str]) -> JsonObject:
+    """One line of the catalogue. ``names``: all that the parser takes, hidden ones too."""
+    flag = next((name for name in action.option_strings if name.startswith("--")), names[0])
+    aliases = [name for name in names if name != flag]
     default = action.default
     entry: JsonObject = {
         "flag": flag,
@@ -142,8 +144,11 @@ def main() -> None:
         "vllm": (vllm_parser, vllm_extras),
         "sglang": (sglang_parser, sglang_extras),
     }[engine]
-    actions = [one for one in parser()._actions if one.option_strings and one.dest != "help"]
-    options = sorted(map(option, actions), key=lambda entry: entry["flag"])
+    names: dict[argparse.Action, list[str]] = {}
+    for name, action in parser()._option_string_actions.items():
+        if action.dest != "help":
+            names.setdefault(action, []).append(name)
+    options = sorted(itertools.starmap(option, names.items()), key=lambda entry: entry["flag"])
     rest = extras()
     lines = ",\n".join(json.dumps(entry) for entry in options)
     version = importlib.metadata.version(engine)

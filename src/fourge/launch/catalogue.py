@@ -41,6 +41,13 @@ class Spec:
     def takes_value(self) -> bool:
         return self.kind not in ("flag", "bool")
 
+    def negates(self, name: str) -> bool:
+        """Whether ``name``, one of the option's, turns it off: --no-x, or enable for disable."""
+        inverse = {"--enable-": "--disable-", "--disable-": "--enable-"}.get(
+            self.flag[: self.flag.find("-", 2) + 1], "--no-"
+        )
+        return name != self.flag and name.replace("_", "-").startswith(("--no-", inverse))
+
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:

@@ -189,7 +189,7 @@ def _argument(view: View, argument: Argument) -> Finding:
     if dot and spec is not None and spec.kind == "json":
         return _dotted(view, argument, spec, path)
     value = " ".join(argument.values)
-    name = argument.flag if spec is None else spec.flag
+    name = argument.flag if spec is None or spec.negates(argument.flag) else spec.flag
     ruled = match(view.command.engine, "option", name, value)
     if ruled is not None and ruled.verdict != "kept":
         return replace(ruled, name=argument.flag)
@@ -227,8 +227,7 @@ def _is_default(spec: Spec, argument: Argument) -> bool:
     if len(argument.values) > 1:
         return False
     if not spec.takes_value:
-        positive = argument.flag.replace("_", "-") == spec.flag
-        return spec.kind == "bool" and spec.default is positive
+        return spec.kind == "bool" and spec.default is not spec.negates(argument.flag)
     given = argument.values[0] if argument.values else ""
     try:
         return float(given) == float(spec.default)
@@ -238,7 +237,7 @@ def _is_default(spec: Spec, argument: Argument) -> bool:
 
 def _dotted(view: View, argument: Argument, spec: Spec, path: str) -> Finding:
     """``--speculative-config.method mtp``: one key of an option's JSON (vLLM)."""
-    key = path.split(".")[0]
+    key = path.split(".")[0].rstrip("+")  # a + appends to a list
     text = " ".join(argument.values)
     try:
         content = json.loads(text)

@@ -109,8 +109,7 @@ def relations(view: View, findings: Sequence[Finding]) -> Iterator[Finding]:
 
 def _common(view: View) -> Iterator[Finding]:
     if not view.model:
-        name = "--model-path" if view.command.engine == "sglang" else "MODEL"
-        yield Finding("option", name, "", "invalid", "the command names no model", None)
+        yield Finding("model", "model", "", "invalid", "the command names no model")
     environment = dict(view.command.environment)
     has_key = "--api-key" in view.options or "VLLM_API_KEY" in environment
     if view.options.get("--host") in EVERYWHERE and not has_key:
@@ -161,7 +160,7 @@ def _vllm(view: View) -> Iterator[Finding]:
             f"its index_topk is {topk}, FLASHINFER_MLA_SPARSE_SM120 needs {SM120_INDEX_TOPK}:"
             " vLLM has no attention for it on these GPUs"
         )
-        yield Finding("option", "MODEL", view.model, "invalid", reason, None)
+        yield Finding("model", "model", view.model, "invalid", reason)
 
 
 def _vllm_tools(view: View) -> Iterator[Finding]:

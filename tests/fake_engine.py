@@ -1,9 +1,9 @@
 """A small server that stands for vLLM or SGLang: its log, its health, its answers; for tests.
 
 Run as a script with the engine's own command line (only --port is looked at). FAKE_ENGINE says how
-it misbehaves, words separated by spaces: dies (before it is healthy), stubborn (ignores SIGINT and
-SIGTERM), low-acceptance, no-retrieval, mojibake, bad-arguments, refuses-tools. It starts a child of
-its own, as engines do, whose process id it writes to FAKE_ENGINE_PIDS.
+it misbehaves, words separated by spaces: dies or hangs (before it is healthy), stubborn (ignores
+SIGINT and SIGTERM), low-acceptance, no-retrieval, mojibake, bad-arguments, refuses-tools. It starts
+a child of its own, as engines do, whose process id it writes to FAKE_ENGINE_PIDS.
 """
 
 import json
@@ -118,6 +118,8 @@ def main() -> None:
     if "dies" in FAULTS:
         child.kill()
         sys.exit("torch.OutOfMemoryError: CUDA out of memory")
+    if "hangs" in FAULTS:
+        time.sleep(600)
     port = int(sys.argv[sys.argv.index("--port") + 1])
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

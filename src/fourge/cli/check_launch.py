@@ -96,12 +96,13 @@ def _problems(one: Review, python: str) -> list[str]:
     """What the installed engine finds wrong with the corrected command."""
     command = one.corrected
     words = rewrite.words(command)[len(command.program) :]
-    answer = ask_engine(command.engine, words, python, os.environ)
-    for problem in answer.problems:
+    answer = ask_engine(command.engine, [words], python, os.environ)
+    (problems,) = answer.problems
+    for problem in problems:
         say(f"{command.engine} {answer.version} refuses the corrected command: {problem}")
-    if not answer.problems:
+    if not problems:
         say(f"{command.engine} {answer.version} takes the corrected command")
-    return list(answer.problems)
+    return list(problems)
 
 
 def _document(one: Review) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fourge.errors import LaunchError
 from fourge.launch import hardware as machines
 from fourge.launch.options import Endpoint
 from fourge.launch.planner import Request, make_plan
+from fourge.launch.releases import RELEASES
 from fourge.launch.render import IN_CONTAINER, Launch, document, make_launch, render
 from fourge.launch.served import look_at
 from fourge.launch.verify import verify as ask_engine
@@ -148,20 +149,17 @@ def _machine(name: str, hosts: list[str]) -> machines.Hardware:
 
 def _verified(made: Launch, python: str) -> tuple[str, ...]:
     """What the installed engine finds wrong with the commands."""
-    problems: list[str] = []
-    for command in made.commands:
-        if not command.program:
-            continue
-        # The program is "vllm serve MODEL" or "python3 -m sglang.launch_server".
-        skipped = 2 if made.plan.engine == "vllm" else len(command.program)
-        answer = ask_engine(made.plan.engine, command.words[skipped:], python, os.environ)
-        problems += answer.problems
-        if answer.version != made.version:
-            say(f"{made.plan.engine} {answer.version} is installed, the plan is for {made.version}")
+    engine = made.plan.engine
+    skipped = len(RELEASES[engine].program)
+    words = [command.words[skipped:] for command in made.commands if command.program]
+    answer = ask_engine(engine, words, python, os.environ)
+    problems = [problem for one in answer.problems for problem in one]
+    if answer.version != made.version:
+        say(f"{engine} {answer.version} is installed, the plan is for {made.version}")
     for problem in problems:
-        say(f"{made.plan.engine} refuses: {problem}")
+        say(f"{engine} {answer.version} refuses: {problem}")
     if not problems:
-        say(f"{made.plan.engine} takes the command")
+        say(f"{engine} {answer.version} takes the command")
     return tuple(problems)
 
 

@@ -18,23 +18,23 @@ TIMEOUT_S = 300
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What the installed engine says."""
+    """What the installed engine says: of each command, what is wrong with it."""
 
     version: str
-    problems: tuple[str, ...]
+    problems: tuple[tuple[str, ...], ...]
 
 
 def verify(
-    engine: str, words: Sequence[str], python: str, environment: Mapping[str, str]
+    engine: str, commands: Sequence[Sequence[str]], python: str, environment: Mapping[str, str]
 ) -> Verified:
-    """Ask the engine of ``python`` about ``words`` (without the program's own).
+    """Ask the engine of ``python`` about the words of commands, without those of the program.
 
     Raises LaunchError where that Python or its engine does not run.
     """
     environment = dict(environment)
-    done = _run(engine, words, python, environment)
+    done = _run(engine, commands, python, environment)
     if done.returncode and "Failed to infer device type" in done.stderr:
-        done = _run(engine, words, python, environment | {"VLLM_TARGET_DEVICE": "cpu"})
+        done = _run(engine, commands, python, environment | {"VLLM_TARGET_DEVICE": "cpu"})
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise LaunchError(
@@ -42,16 +42,16 @@ def verify(
             f" environment in which {engine} is installed."
         )
     answer = json.loads(done.stdout)
-    return Verified(answer["version"], tuple(answer["problems"]))
+    return Verified(answer["version"], tuple(map(tuple, answer["problems"])))
 
 
 def _run(
-    engine: str, words: Sequence[str], python: str, environment: dict[str, str]
+    engine: str, commands: Sequence[Sequence[str]], python: str, environment: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             [python, str(ASK), engine],
-            input=json.dumps(list(words)),
+            input=json.dumps([list(words) for words in commands]),
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,

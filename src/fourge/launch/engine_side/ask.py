@@ -1,10 +1,11 @@
 """Run by the Python of an engine's own environment: does its parser take these words?
 
-    PYTHON ask.py vllm|sglang < words.json
+    PYTHON ask.py vllm|sglang < commands.json
 
-Imports no fourge and needs no GPU. Reads a JSON list of command-line words (without the program)
-and prints {"version": ..., "problems": [...]}. Names are exact. For vLLM the parser is not enough:
-it takes any string for what config objects check later, so those are asked too.
+Imports no fourge and needs no GPU. Reads a JSON list of commands, each a list of words without the
+program, and prints {"version": ..., "problems": [[...], ...]}, a list for each command. Names are
+exact. For vLLM the parser is not enough: it takes any string for what config objects check later,
+so those are asked too.
 """
 
 import argparse
@@ -98,11 +99,11 @@ def parse(
 
 def main() -> None:
     engine = sys.argv[1]
-    words = json.load(sys.stdin)
+    commands = json.load(sys.stdin)
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):  # engines print while they are imported
         ask = {"vllm": vllm_problems, "sglang": sglang_problems}[engine]
-        problems = ask(words)
+        problems = [ask(words) for words in commands]
     json.dump({"version": importlib.metadata.version(engine), "problems": problems}, answers)
 
 

@@ -23,7 +23,8 @@ from fourge.launch.command import read
 from fourge.launch.hardware import machines
 from fourge.launch.options import Endpoint
 from fourge.launch.pattern import KNOWN
-from fourge.launch.planner import ENGINES, PROFILES, Request, make_plan
+from fourge.launch.plan import ENGINES, PROFILES, Request
+from fourge.launch.planner import make_plan
 from fourge.launch.releases import RELEASES
 from fourge.launch.render import make_launch
 from fourge.launch.served import look_at

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fourge.launch.hardware import Hardware, parse
 from fourge.launch.options import Endpoint
-from fourge.launch.planner import Plan, Request, make_plan
+from fourge.launch.plan import Plan, Request
+from fourge.launch.planner import make_plan
 from fourge.launch.served import Served, look_at
 from hollow_checkpoint import GLM_5_1, write_hollow_checkpoint, write_hollow_nvfp4
 

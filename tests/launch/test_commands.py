@@ -11,7 +11,7 @@ from fourge.launch.check import review
 from fourge.launch.command import read
 from fourge.launch.options import Endpoint
 from fourge.launch.pattern import KNOWN
-from fourge.launch.planner import ENGINES, PROFILES, Plan
+from fourge.launch.plan import ENGINES, PROFILES, Plan
 from fourge.launch.releases import RELEASES
 from fourge.launch.render import document, make_launch, render
 from fourge.launch.rewrite import words

@@ -9,7 +9,8 @@ import pytest
 from fourge.errors import LaunchError
 from fourge.launch.memory import Load, Parallel
 from fourge.launch.pattern import KNOWN
-from fourge.launch.planner import PROFILES
+from fourge.launch.plan import PROFILES
+from fourge.launch.planner import make_plan
 from fourge.launch.served import Served
 from launch_builders import hollow, plan_for
 
@@ -96,7 +97,7 @@ def test_mtp_by_load_and_engine(tmp_path: Path):
     assert plan_for(none, "vllm", "8xh200").load.drafts == 0
     assert plan_for(plain, "vllm", "8xh200", mtp=False).load.drafts == 0
     assert plan_for(plain, "vllm", "8xh200", profile="throughput", mtp=True).load.drafts == 3
-    with pytest.raises(LaunchError, match=r"SGLang 0\.5\.23 reads its weights as unquantized"):
+    with pytest.raises(LaunchError, match=r"SGLang 0\.5\.23 reads an NVFP4 MTP layer"):
         plan_for(packed, "sglang", "8xh200", mtp=True)
     with pytest.raises(LaunchError, match="stores no MTP layer"):
         plan_for(none, "vllm", "8xh200", mtp=True)
@@ -154,7 +155,5 @@ def test_old_gpus_are_refused(glm: Served):
     machine = replace(plan_for(glm, "vllm", "8xh200").hardware)
     old = replace(machine, gpu=replace(machine.gpu, architecture=80, title="A100"))
     request = replace(plan_for(glm, "vllm", "8xh200").request, hardware=old)
-    from fourge.launch.planner import make_plan
-
     with pytest.raises(LaunchError, match=r"A100 has compute capability 8\.0"):
         make_plan(glm, request)

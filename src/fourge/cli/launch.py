@@ -11,7 +11,8 @@ from fourge.cli.show import console, print_json, say
 from fourge.errors import LaunchError
 from fourge.launch import hardware as machines
 from fourge.launch.options import Endpoint
-from fourge.launch.planner import Request, make_plan
+from fourge.launch.plan import Request
+from fourge.launch.planner import make_plan
 from fourge.launch.releases import RELEASES
 from fourge.launch.render import IN_CONTAINER, Launch, document, make_launch, render
 from fourge.launch.served import look_at

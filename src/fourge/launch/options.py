@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from fourge.launch.planner import Choice, Plan
+from fourge.launch.plan import Choice, Plan
 
 MODELS = Path(__file__).with_name("models.toml")
 

@@ -11,7 +11,7 @@ from typing import Any
 from fourge.launch import sglang, vllm
 from fourge.launch.memory import GIB
 from fourge.launch.options import Endpoint, HostCommand, Variable
-from fourge.launch.planner import Choice, Plan
+from fourge.launch.plan import Choice, Plan
 from fourge.launch.releases import RELEASES
 
 FORMATS = ("shell", "docker", "compose", "json", "explain")

@@ -18,7 +18,7 @@ from fourge.launch.options import (
     sampling,
     sampling_choice,
 )
-from fourge.launch.planner import Choice, Plan
+from fourge.launch.plan import Choice, Plan
 from fourge.launch.releases import RELEASES
 
 INIT_PORT = 20000

@@ -20,7 +20,7 @@ from fourge.launch.options import (
     sampling,
     sampling_choice,
 )
-from fourge.launch.planner import Choice, Plan
+from fourge.launch.plan import Choice, Plan
 from fourge.launch.releases import RELEASES
 
 RAY_PORT = 6379

@@ -239,6 +239,19 @@ def test_vllm_on_two_hosts_uses_ray(glm: Served):
     assert [host["VLLM_HOST_IP"] for host in hosts] == ["a", "b"]
 
 
+def test_idle_gpus_of_each_host_are_left_out(tmp_path):
+    heads = hollow(tmp_path / "heads", num_attention_heads=12, num_key_value_heads=12)
+    plan = plan_for(heads, "vllm", "2x8xh200")
+    assert (plan.parallel.tensor, plan.parallel.pipeline, plan.gpus_per_host) == (4, 2, 4)
+    (choice,) = [one for one in plan.choices if one.name == "parallelism"]
+    assert "8 GPUs stay idle: 12 heads do not divide by 8" in choice.reason
+    head, worker = make_launch(plan, ENDPOINT, [], contained=False).commands
+    assert "--num-gpus=4" in head.setup[0]
+    for command in (head, worker):
+        environment = {one.name: one.value for one in command.environment}
+        assert environment["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+
+
 def test_sglang_on_two_hosts_runs_everywhere(glm: Served):
     plan = plan_for(glm, "sglang", "2x8xh200")
     commands = make_launch(plan, ENDPOINT, ["a", "b"], contained=False).commands

@@ -69,9 +69,12 @@ def family(model_type: str) -> dict[str, Any]:
 
 def common_environment(plan: Plan) -> Iterator[Variable]:
     """What both engines leave to CUDA."""
-    used = min(plan.hardware.per_host, plan.parallel.gpus)
     yield Variable("CUDA_DEVICE_ORDER", "PCI_BUS_ID", "GPUs are numbered as nvidia-smi does")
-    yield Variable("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(used))), "the GPUs of this plan")
+    yield Variable(
+        "CUDA_VISIBLE_DEVICES",
+        ",".join(map(str, range(plan.gpus_per_host))),
+        "the GPUs of this plan",
+    )
     if plan.hardware.gpu.family == 120:
         architecture = f"sm_{plan.hardware.gpu.architecture}a"
         yield Variable("CUTE_DSL_ARCH", architecture, "kernels are compiled for this GPU")

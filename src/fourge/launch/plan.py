@@ -58,6 +58,11 @@ class Plan:
         return self.request.hardware.gpu.family
 
     @property
+    def gpus_per_host(self) -> int:
+        """GPUs of each host that take part."""
+        return min(self.hardware.per_host, self.parallel.gpus // self.parallel.pipeline)
+
+    @property
     def tokens(self) -> int:
         """Tokens in all caches: replicas of data-parallel attention have one each."""
         return self.memory.tokens * self.parallel.data

@@ -9,12 +9,13 @@ from fourge.launch.plan import Choice, Plan
 
 
 def choices(plan: Plan) -> Iterator[Choice]:
+    replicas = plan.parallel.data
     yield _parallel_choice(plan)
     yield Choice(
         "context",
         f"{plan.context:,} tokens",
-        f"{plan.tokens:,} tokens fit into {plan.memory.cache / GIB:.2f} GiB"
-        f"{' on each replica' if plan.parallel.data > 1 else ''} at"
+        f"{plan.memory.tokens:,} tokens fit into {plan.memory.cache / GIB:.2f} GiB"
+        f"{f' on each of {replicas} replicas' if replicas > 1 else ''} at"
         f" {plan.memory.bytes_per_token:,} bytes per token"
         + ("" if plan.request.context else "; the model's own limit, or what fits of it"),
     )
@@ -49,7 +50,8 @@ def _parallel_choice(plan: Plan) -> Choice:
         value = f"tensor parallel x{parallel.tensor}"
         reason = "every GPU reads its part of each weight, which is what a token waits for"
     if parallel.gpus < gpus:
-        reason += f"; {gpus - parallel.gpus} GPUs stay idle: {tensor_fault(plan.served, gpus)}"
+        asked = gpus // parallel.pipeline // parallel.data
+        reason += f"; {gpus - parallel.gpus} GPUs stay idle: {tensor_fault(plan.served, asked)}"
     return Choice("parallelism", value, reason)
 
 

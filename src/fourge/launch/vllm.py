@@ -59,7 +59,7 @@ def _with_ray(first: HostCommand, number: int, names: list[str], plan: Plan) -> 
     host, head = names[number], names[0]
     place = ["--head", f"--port={RAY_PORT}"] if number == 0 else [f"--address={head}:{RAY_PORT}"]
     start = ["ray", "start", *place, f"--node-ip-address={host}"]
-    start.append(f"--num-gpus={plan.hardware.per_host}")
+    start.append(f"--num-gpus={plan.gpus_per_host}")
     if number:
         start.append("--block")
     environment = (

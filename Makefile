@@ -1,10 +1,13 @@
-# make demo    quantize the bundled example model with bundled conversations
+# make demo    quantize, examine, evaluate and report the bundled example model
 # make test    the whole test suite
 # make check   format, lint, types
 # make format  rewrite the files as `make check` wants them
 PYTHON ?= python3
 BIN := .venv/bin
+SOURCE := examples/tiny-glm
 OUT ?= out/tiny-glm-NVFP4
+# Conversations that the calibration has not seen; a part of them, for a demonstration.
+HELD_OUT := $(foreach kind,coding broad deep,--data examples/evaluation/$(kind).jsonl)
 
 .PHONY: demo test check format clean
 
@@ -16,8 +19,10 @@ OUT ?= out/tiny-glm-NVFP4
 
 demo: .venv/installed
 	rm -rf $(OUT)
-	$(BIN)/fourge quantize examples/tiny-glm $(OUT) --recipe demo
-	$(BIN)/fourge inspect $(OUT)
+	$(BIN)/fourge quantize $(SOURCE) $(OUT) --recipe demo
+	$(BIN)/fourge doctor $(OUT) --source $(SOURCE) --record
+	$(BIN)/fourge evaluate $(OUT) --reference $(SOURCE) $(HELD_OUT) --tokens 24576
+	$(BIN)/fourge report $(OUT)
 
 test: .venv/installed
 	$(BIN)/pytest

@@ -586,3 +586,21 @@ def test_the_example_model_keeps_its_tokenizer_and_template(tiny_glm: Path, tmp_
     assert run_record["data"]["sequences"] == 3
     for entry in coverage["layers"]:
         assert sum(entry["passes"]["data"]["tokens"]) == routed
+
+
+def test_errors_of_the_doctor_fail_the_run_and_every_run_after_it(tmp_path: Path):
+    """The output is there, and so is the word on it: SGLang takes one MTP layer alone."""
+    config = published_config(num_nextn_predict_layers=2)
+    source = write_checkpoint(tmp_path / "source", config=config)
+    data = write_input_ids(tmp_path / "ids.jsonl", sequences=2, length=40, vocab=256)
+    for _ in range(2):
+        done = run("quantize", source, tmp_path / "out", "--data", data, "--json")
+        assert done.status == 1
+        assert "the doctor found errors" in done.stderr
+        (finding,) = json.loads(done.stdout)["doctor"]
+        assert (finding["rule"], finding["severity"]) == ("M10", "error")
+        assert finding["message"] in done.stderr
+    examined = run("doctor", tmp_path / "out", "--json")
+    assert examined.status == 1
+    kept = json.loads((tmp_path / "out" / "fourge" / "doctor.json").read_text())
+    assert kept["findings"] == json.loads(examined.stdout)["findings"]

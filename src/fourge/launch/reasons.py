@@ -58,7 +58,8 @@ def _parallel_choice(plan: Plan) -> Choice:
 def _mtp_choice(plan: Plan) -> Choice:
     request, served = plan.request, plan.served
     if plan.load.drafts:
-        reason = "drafting pays at low load; greedy drafts with standard rejection are lossless"
+        why = "asked for" if request.mtp else "drafting pays at low load"
+        reason = f"{why}; greedy drafts with standard rejection are lossless"
         return Choice("MTP", f"{plan.load.drafts} tokens", reason)
     obstacle = mtp_obstacle(served, request)
     if obstacle is not None:

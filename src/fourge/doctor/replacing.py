@@ -200,10 +200,11 @@ def _out_tensor(evidence: Evidence, config: ModelConfig | None, name: str) -> Ou
     assert parsed.projection is not None
     dtype = DTYPES[parsed.part]
     own = evidence.tensors.get(name)
-    if own is not None and own.dtype == dtype and (config is None or len(own.shape) < 2):
-        return OutTensor(name, dtype, own.shape)
     if parsed.part in ("weight_scale_2", "input_scale"):
-        return OutTensor(name, dtype, ())
+        is_scalar = own is not None and own.shape in ((), (1,))
+        return OutTensor(name, dtype, own.shape if own is not None and is_scalar else ())
+    if own is not None and own.dtype == dtype and config is None:
+        return OutTensor(name, dtype, own.shape)
     assert config is not None
     shape = projection_shape(config, parsed.projection)
     return OutTensor(

@@ -6,7 +6,9 @@
     |-- RecipeError       a recipe is malformed or names what does not exist
     |-- DataError         calibration data is missing, unreadable, or has too many unusable records
     |-- BudgetError       memory or disk cannot hold what the run needs
-    `-- OutputError       the target cannot be written, or holds something else
+    |-- OutputError       the target cannot be written, or holds something else
+    |-- EngineError       the engine cannot be set up as asked, or has stopped
+    `-- RequestError      a request to the engine cannot be served; the engine goes on
 
 Every message is one sentence or two: what was found, what was needed, what to do. The command
 line prints it and exits with status 2; a bug of fourge's own is an ``assert`` and a traceback.
@@ -39,3 +41,11 @@ class BudgetError(FourgeError):
 
 class OutputError(FourgeError):
     """The target cannot be written, or holds something else."""
+
+
+class EngineError(FourgeError):
+    """The engine cannot be set up as asked, or has stopped."""
+
+
+class RequestError(FourgeError):
+    """A request to the engine cannot be served; the engine goes on."""

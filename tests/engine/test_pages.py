@@ -74,8 +74,8 @@ def test_freeing_what_nobody_holds_is_a_bug() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_references_and_contents_are_right_after_thousands_of_operations(seed: int) -> None:
-    """Sequences come with prefixes of a small alphabet, share pages, grow and leave. A dictionary of
-    what was written to each page tells whether a page that is found holds what was asked for.
+    """Sequences come with prefixes of a small alphabet, share pages, grow and leave. A dictionary
+    of what was written to each page tells whether a page that is found holds what was asked for.
     """
     choose = random.Random(seed)
     pool = PagePool(24)

@@ -45,15 +45,12 @@ CompileGrammar = Callable[[StructuredOutputs], Matcher]
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """What one step gave one request."""
+    """What one step gave one request; ``finish_reason`` as it was then, None if it goes on."""
 
     request: Request
     token_ids: list[int]
     logprobs: list[TokenLogprobs]
-
-    @property
-    def finished(self) -> bool:
-        return self.request.finish_reason is not None
+    finish_reason: str | None
 
 
 @dataclass
@@ -181,14 +178,22 @@ class Engine:
         self._scheduler.add(request)
         return request
 
-    def abort(self, request_id: str) -> bool:
-        """End a request now, with the reason "abort"; False if there is none of this id."""
+    def abort(self, request_id: str) -> Progressed | None:
+        """End a request now, with the reason "abort"; None if there is none of this id."""
         request = self._requests.get(request_id)
         if request is None:
-            return False
+            return None
         request.finish_reason = "abort"
         self._leave(request)
-        return True
+        return Progressed(request, [], [], "abort")
+
+    def fail(self, error: str) -> list[Progressed]:
+        """End all running requests with the reason "error": a step of theirs failed as a whole."""
+        failed = list(self._scheduler.running)
+        for request in failed:
+            request.finish_reason, request.error = "error", error
+            self._leave(request)
+        return [Progressed(request, [], [], "error") for request in failed]
 
     @torch.inference_mode()
     def step(self) -> list[Progressed]:
@@ -256,7 +261,7 @@ class Engine:
         request.drafts, request.draft_probs_KV = [], None
         if choice.error is not None:
             request.finish_reason, request.error = "error", choice.error
-            return Progressed(request, [], [])
+            return Progressed(request, [], [], "error")
         if chunk.drafts:
             self._count(request, len(chunk.drafts), len(choice.token_ids) - 1)
         if request.first_token_s is None:
@@ -274,7 +279,7 @@ class Engine:
         self.counters.output_tokens += len(kept)
         logprobs = choice.logprobs[: len(kept)]
         request.logprobs += logprobs
-        return Progressed(request, kept, logprobs)
+        return Progressed(request, kept, logprobs, request.finish_reason)
 
     def _draft(self, chunks: Sequence[Chunk], hidden_TD: torch.Tensor) -> None:
         drafting = [

@@ -57,9 +57,9 @@ class PackedLayer(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if not name.startswith("mlp.experts."):
             return self._rest[name]
-        expert, projection, part = name.removeprefix("mlp.experts.").split(".")
-        if part != "weight":
+        if name not in self._stored or not name.endswith(".weight"):
             raise KeyError(name)
+        expert, projection, _ = name.removeprefix("mlp.experts.").split(".")
         return self._kept.get(self._layer, int(expert), self._stored)[projection]
 
     def __iter__(self) -> Iterator[str]:

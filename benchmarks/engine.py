@@ -5,7 +5,7 @@
 The example model is quantized to NVFP4 first; transformers gets the same weights expanded, in
 float32 as the engine computes on a CPU, with its own cache. Rounds of the two alternate, so that
 both see the same machine. Every step's seconds are taken twice: by the clock, and of processor
-time, which others on the machine do not disturb (of several threads, waiting ones count as working).
+time, which others on the machine disturb less (of several threads, waiting ones count as working).
 Prints one JSON document:
 
 throughput   batches of 1, 8 and 32 prompts of 128 tokens, greedy: prompt and decode tokens/s

@@ -18,6 +18,7 @@ LEVELS = {
     "calibrate": 3,
     "doctor": 3,
     "layerwise": 3,
+    "engine": 4,
     "quantize": 4,
     "evaluate": 4,
     "launch": 5,

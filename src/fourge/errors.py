@@ -7,7 +7,9 @@
     |-- DataError         calibration data is missing, unreadable, or has too many unusable records
     |-- BudgetError       memory or disk cannot hold what the run needs
     |-- LaunchError       an engine cannot be launched as asked, or a launch command cannot be read
-    `-- OutputError       the target cannot be written, or holds something else
+    |-- OutputError       the target cannot be written, or holds something else
+    |-- EngineError       the engine cannot be set up as asked, or has stopped
+    `-- RequestError      a request to the engine cannot be served; the engine goes on
 
 Every message is one sentence or two: what was found, what was needed, what to do. The command
 line prints it and exits with status 2; a bug of fourge's own is an ``assert`` and a traceback.
@@ -44,3 +46,11 @@ class LaunchError(FourgeError):
 
 class OutputError(FourgeError):
     """The target cannot be written, or holds something else."""
+
+
+class EngineError(FourgeError):
+    """The engine cannot be set up as asked, or has stopped."""
+
+
+class RequestError(FourgeError):
+    """A request to the engine cannot be served; the engine goes on."""

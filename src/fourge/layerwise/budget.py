@@ -120,7 +120,12 @@ def fit(pieces: Pieces, needs: Needs, budget: Budget) -> MemoryPlan:
 
 
 def default_host_budget() -> int:
-    """Four fifths of the memory that is free on this machine, or within its control group."""
+    """Four fifths of the memory that is free."""
+    return int(free_host_memory() * 0.8)
+
+
+def free_host_memory() -> int:
+    """Bytes that are free on this machine, or within its control group."""
     free = psutil.virtual_memory().available
     try:
         limit = int(CGROUP_LIMIT.read_text())
@@ -130,7 +135,7 @@ def default_host_budget() -> int:
         free = max(0, min(free, limit - used))
     except (OSError, ValueError, KeyError):
         pass  # no control group, or one without a limit ("max")
-    return int(free * 0.8)
+    return free
 
 
 def default_workers() -> int:

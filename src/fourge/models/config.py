@@ -11,6 +11,7 @@ transformers always interleaves for glm_moe_dsa. Imports no torch; knows nothing
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from fourge.errors import ConfigError
@@ -40,6 +41,10 @@ _FIXED: dict[str, Any] = {
 _INDEXER_KEYS = frozenset({
     "index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types",
     "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"
+})  # fmt: skip
+
+_SHARING_KEYS = frozenset({
+    "indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"
 })  # fmt: skip
 
 _USED = frozenset({
@@ -198,6 +203,21 @@ def from_dict(raw: Mapping[str, Any]) -> ModelConfig:
     )
     _check_agreement(raw, config)
     return config
+
+
+def overridden(raw: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``raw`` with some keys replaced, as vllm's --hf-overrides does; ConfigError for a key that
+    is not known. Who says which layers share a selection takes back what other keys say about it,
+    which sglang's --json-model-override-args does not (sglang 0.5.23 config.py:405-424).
+    """
+    known = _USED | _INDEXER_KEYS
+    for key in overrides:
+        if key not in known:
+            near = get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "it would change nothing; leave it out."
+            raise ConfigError(f"the override {key!r} is no key that fourge reads: {hint}")
+    taken_back = _SHARING_KEYS if _SHARING_KEYS & overrides.keys() else frozenset()
+    return {key: raw[key] for key in raw if key not in taken_back} | dict(overrides)
 
 
 def _unknown_keys(raw: Mapping[str, Any]) -> tuple[str, ...]:

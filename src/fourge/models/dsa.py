@@ -58,28 +58,72 @@ def select(
     config: ModelConfig,
     rope: RopeTable,
 ) -> torch.Tensor:
-    """The positions that each token attends to, int32 [M, L, index_topk]; -1 where there are
-    fewer.
+    """The positions that each query attends to, int32 [M, L, index_topk]; -1 where there are
+    fewer. Queries and head weights may be fewer than keys: they are those of the last tokens.
     """
     count, length = query_MLQ.shape[:2]
+    total = index.key_MLI.shape[1]
     num_selected, device = config.index_topk, query_MLQ.device
     topk_MLK = torch.full((count, length, num_selected), -1, dtype=torch.int32, device=device)
-    for rows in chunks.slices(length, chunks.index_queries(count, length)):
-        if rows.stop <= num_selected:
-            position_S = torch.arange(rows.stop, dtype=torch.int32, device=device)
-            earlier_NS = causal_mask(rows, device=device)
-            topk_MLK[:, rows, : rows.stop] = torch.where(earlier_NS, position_S, -1)
+    for rows in chunks.slices(length, chunks.index_queries(count, total)):
+        places = slice(total - length + rows.start, total - length + rows.stop)
+        if places.stop <= num_selected:
+            position_S = torch.arange(places.stop, dtype=torch.int32, device=device)
+            earlier_NS = causal_mask(places, device=device)
+            topk_MLK[:, rows, : places.stop] = torch.where(earlier_NS, position_S, -1)
             continue
-        query_MNHI = linear(query_MLQ[:, rows], weights["self_attn.indexer.wq_b.weight"])
-        query_MNHI = query_MNHI.unflatten(-1, (config.index_n_heads, config.index_head_dim))
-        query_MNHI = _rotate_front(query_MNHI, config, rope.rows(rows).for_heads()).float()
-        score_MNS = _scores(query_MNHI, index.key_MLI[:, : rows.stop], index.weight_MLH[:, rows])
+        query_MNHI = _queries(query_MLQ[:, rows], weights, config, rope.rows(places))
+        score_MNS = _scores(query_MNHI, index.key_MLI[:, : places.stop], index.weight_MLH[:, rows])
         size = rows.stop - rows.start
         later_NN = torch.ones(size, size, dtype=torch.bool, device=device).triu_(1)
-        score_MNS[..., rows.start :].masked_fill_(later_NN, -torch.inf)
-        best = score_MNS.topk(num_selected, dim=-1, sorted=False)
-        topk_MLK[:, rows] = best.indices.masked_fill(best.values == -torch.inf, -1).int()
+        score_MNS[..., places.start :].masked_fill_(later_NN, -torch.inf)
+        topk_MLK[:, rows] = _best(score_MNS, num_selected).int()
     return topk_MLK
+
+
+def select_cached(
+    query_TQ: torch.Tensor,
+    index: IndexInput,
+    position_MN: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    rope: RopeTable,
+) -> torch.Tensor:
+    """The same for few queries at any positions of their sequences: N queries of each of M, whose
+    keys are [M, S, I] and head weights [M, N, H]; ``rope`` holds the T = M * N positions. Returns
+    int64 [M, N, min(index_topk, S)], -1 where there are fewer.
+    """
+    query_THI = _queries(query_TQ, weights, config, rope)
+    query_MNHI = query_THI.unflatten(0, tuple(position_MN.shape))
+    count, num_keys = index.key_MLI.shape[:2]
+    place_S = torch.arange(num_keys, device=position_MN.device)
+    parts = []
+    per_sequence = position_MN.shape[1] * config.index_n_heads * num_keys
+    for some in chunks.slices(count, max(1, chunks.SCORE_ELEMENTS // per_sequence)):
+        query_MAI = query_MNHI[some].flatten(1, 2)
+        score_MAS = torch.bmm(query_MAI, index.key_MLI[some].mT).relu_()
+        score_MNHS = score_MAS.unflatten(1, (-1, config.index_n_heads))
+        score_MNS = (index.weight_MLH[some].unsqueeze(2) @ score_MNHS).squeeze(2)
+        score_MNS.masked_fill_(place_S > position_MN[some].unsqueeze(-1), -torch.inf)
+        parts.append(_best(score_MNS, min(config.index_topk, num_keys)))
+    return torch.cat(parts)
+
+
+def _best(score_MNS: torch.Tensor, num_selected: int) -> torch.Tensor:
+    best = score_MNS.topk(num_selected, dim=-1, sorted=False)
+    return best.indices.masked_fill(best.values == -torch.inf, -1)
+
+
+def _queries(
+    query_TQ: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    rope: RopeTable,
+) -> torch.Tensor:
+    """Rotated queries of all heads, float32 [..., T, H, I]; ``rope`` holds the T positions."""
+    query_THI = linear(query_TQ, weights["self_attn.indexer.wq_b.weight"])
+    query_THI = query_THI.unflatten(-1, (config.index_n_heads, config.index_head_dim))
+    return _rotate_front(query_THI, config, rope.for_heads()).float()
 
 
 def causal_mask(rows: slice, *, device: torch.device) -> torch.Tensor:
@@ -88,13 +132,12 @@ def causal_mask(rows: slice, *, device: torch.device) -> torch.Tensor:
     return causal_NS.tril_(rows.start)
 
 
-def selection_mask(topk_MLK: torch.Tensor, rows: slice) -> torch.Tensor:
-    """Bool [M, len(rows), rows.stop], True where the queries ``rows`` look."""
-    num_keys = rows.stop
-    chosen_MNK = topk_MLK[:, rows].long()
+def selection_mask(topk_MNK: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """Bool [M, N, num_keys], True where the queries look."""
+    chosen_MNK = topk_MNK.long()
     # One column more than there are keys takes the padding.
     mask_MNS = torch.zeros(
-        *chosen_MNK.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_MLK.device
+        *chosen_MNK.shape[:2], num_keys + 1, dtype=torch.bool, device=topk_MNK.device
     )
     mask_MNS.scatter_(-1, chosen_MNK.masked_fill(chosen_MNK < 0, num_keys), True)
     return mask_MNS[..., :num_keys]

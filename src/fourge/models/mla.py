@@ -1,11 +1,15 @@
-"""Multi-head latent attention of sequences of one length, naive form, in bounded pieces.
+"""Multi-head latent attention, naive and absorbed, in bounded pieces.
 
     cq = rms(x Wq_a)           q_h = [cq Wq_b,h | rope of its last R]     (no q_lora: q_h = x Wq,h)
     [c | kr] = x Wkv_a         c = rms(c), kr = rope(kr), one kr for all heads, not normed
     [kn_h | v_h] = c Wkv_b,h   k_h = [kn_h | kr]
     out = sum_h softmax(s q_h k_h^T + mask) v_h Wo,h^T,   s = qk_head_dim^-0.5 (yarn: * mscale^2)
+    absorbed: Wkv_b,h = [Wuk_h | Wuv_h], and with x_h = [kn part of q_h Wuk_h | rope part of q_h]
+    out = sum_h (softmax(s x_h [c | kr]^T + mask) c) Wuv_h^T Wo,h^T
 
-Keys and values exist for a group of heads at a time, scores for a group and a chunk of queries.
+Naive, keys and values exist for a group of heads at a time, scores for a group and a chunk of
+queries; it suits many queries. Absorbed, the latents are keys and values of all heads; it suits few
+queries that look at a cache.
 Both latent norms use config.rms_norm_eps, as vllm 0.33 and sglang 0.5.23 do (transformers 5.23
 builds them with 1e-6). Knows no selection rule: ``topk`` comes from dsa.py.
 """
@@ -28,7 +32,9 @@ from fourge.models.rope import RopeTable, rotate, softmax_factor
 
 
 class Latents(NamedTuple):
-    """What attention keeps of the tokens of M sequences of length L, in the compute dtype."""
+    """What attention keeps of the tokens of M sequences of length L, in the compute dtype. Queries
+    may be fewer: they are then those of the last tokens.
+    """
 
     query_MLQ: torch.Tensor  # normed query latent; the layer's normed input without q_lora
     latent_MLC: torch.Tensor  # normed
@@ -65,11 +71,11 @@ def attend_naive(
     rope: RopeTable,
     topk_MLK: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Causal attention of each sequence over the positions in ``topk_MLK`` (None: all). Returns
+    """Causal attention of each query over the positions in ``topk_MLK`` (None: all). Returns
     float32 [M, L, D], the output projection included.
     """
-    count, length = latents.latent_MLC.shape[:2]
-    group = chunks.head_group(config, count * length)
+    count, length = latents.query_MLQ.shape[:2]
+    group = chunks.head_group(config, count * latents.latent_MLC.shape[1])
     out_weight = weights["self_attn.o_proj.weight"]
     out_MLD = torch.zeros(
         count, length, config.hidden_size, dtype=torch.float32, device=out_weight.device
@@ -86,6 +92,41 @@ def attend_naive(
     return out_MLD
 
 
+def attend_absorbed(
+    query_TQ: torch.Tensor,
+    key_MSX: torch.Tensor,
+    seen_MNS: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    rope: RopeTable,
+) -> torch.Tensor:
+    """Attention of T = M * N queries, N of each row of ``key_MSX`` = [c | kr], over the positions
+    that are True in ``seen_MNS``. ``rope`` holds the queries' T positions. Computes in the keys'
+    dtype, the softmax in float32; returns [T, D] in the queries' dtype.
+    """
+    num_heads, nope = config.num_attention_heads, config.qk_nope_head_dim
+    name = "q_proj" if config.q_lora_rank is None else "q_b_proj"
+    query_THK = linear(query_TQ, weights[f"self_attn.{name}.weight"])
+    query_THK = query_THK.unflatten(-1, (num_heads, config.qk_head_dim)).to(key_MSX.dtype)
+    joint_HOC = weights["self_attn.kv_b_proj.weight"].unflatten(0, (num_heads, -1))
+    joint_HOC = joint_HOC.to(key_MSX.dtype)
+    absorbed_HTC = torch.bmm(query_THK[..., :nope].transpose(0, 1), joint_HOC[:, :nope])
+    rotated_THR = rotate(query_THK[..., nope:], rope.for_heads(), interleave=config.rope_interleave)
+    query_THX = torch.cat([absorbed_HTC.transpose(0, 1), rotated_THR], -1)
+    count, per_row = seen_MNS.shape[:2]
+    query_MAX = query_THX.view(count, per_row * num_heads, -1)
+    scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope)
+    score_MAS = torch.bmm(query_MAX, key_MSX.mT).float().mul_(scale)
+    score_MNHS = score_MAS.view(count, per_row, num_heads, -1)
+    score_MNHS.masked_fill_(~seen_MNS.unsqueeze(2), -torch.inf)
+    share_MAS = score_MNHS.softmax(-1).to(key_MSX.dtype).view_as(score_MAS)
+    mixed_MAC = torch.bmm(share_MAS, key_MSX[..., : config.kv_lora_rank])
+    mixed_HTC = mixed_MAC.view(count * per_row, num_heads, -1).transpose(0, 1)
+    out_HTV = torch.bmm(mixed_HTC, joint_HOC[:, nope:].mT)
+    out_TX = out_HTV.transpose(0, 1).flatten(1).to(query_TQ.dtype)
+    return linear(out_TX, weights["self_attn.o_proj.weight"])
+
+
 def _attend_heads(
     query_MGLK: torch.Tensor,
     key_MGLK: torch.Tensor,
@@ -94,25 +135,27 @@ def _attend_heads(
     topk_MLK: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attended values [M, G, L, V] of a group of heads, one chunk of queries at a time."""
-    count, _, length = query_MGLK.shape[:3]
+    count, heads, length = query_MGLK.shape[:3]
+    total, width = value_MGLV.shape[2:]
     scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope)
-    attended_MGLV = torch.empty_like(value_MGLV)
+    attended_MGLV = value_MGLV.new_empty(count, length, heads, width).transpose(1, 2)
     value_MGLK = _widen(value_MGLV, query_MGLK.shape[-1])
-    for rows in chunks.slices(length, chunks.attention_queries(config, count, length)):
+    for rows in chunks.slices(length, chunks.attention_queries(config, count, total)):
+        places = slice(total - length + rows.start, total - length + rows.stop)
         mask = None
         if topk_MLK is not None:
-            mask = selection_mask(topk_MLK, rows).unsqueeze(1)
-        elif rows.start > 0:
-            mask = causal_mask(rows, device=key_MGLK.device)
+            mask = selection_mask(topk_MLK[:, rows], places.stop).unsqueeze(1)
+        elif places.start > 0:
+            mask = causal_mask(places, device=key_MGLK.device)
         attended_MGNK = F.scaled_dot_product_attention(
             query_MGLK[:, :, rows],
-            key_MGLK[:, :, : rows.stop],
-            value_MGLK[:, :, : rows.stop],
+            key_MGLK[:, :, : places.stop],
+            value_MGLK[:, :, : places.stop],
             attn_mask=mask,
             is_causal=mask is None,
             scale=scale,
         )
-        attended_MGLV[:, :, rows] = attended_MGNK[..., : value_MGLV.shape[-1]]
+        attended_MGLV[:, :, rows] = attended_MGNK[..., :width]
     return attended_MGLV
 
 
@@ -129,7 +172,8 @@ def _queries(
     query_MLGK = linear(latents.query_MLQ, weights[f"self_attn.{name}.weight"][rows])
     query_MLGK = query_MLGK.unflatten(-1, (len(heads), config.qk_head_dim))
     rotated = query_MLGK[..., config.qk_nope_head_dim :]
-    table = rope.rows(slice(0, query_MLGK.shape[1])).for_heads()
+    total = latents.latent_MLC.shape[1]
+    table = rope.rows(slice(total - query_MLGK.shape[1], total)).for_heads()
     rotated.copy_(rotate(rotated, table, interleave=config.rope_interleave))
     return query_MLGK.transpose(1, 2)
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fourge.checkpoint.names import PROJECTIONS
+from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP, PROJECTIONS
 from fourge.formats import kernels
 from fourge.models import chunks
 from fourge.models.config import ModelConfig
@@ -122,6 +122,23 @@ def run_experts(
             y_ND = linear(h_NI, mlp["down_proj"]).float().mul_(gate_S[slots_N, None])
             # A token chooses an expert once, so rows are distinct; index_add_ takes twice as long.
             routed.acc_TD.index_copy_(0, tokens_N, y_ND.add_(routed.acc_TD[tokens_N]))
+
+
+def run_fused_experts(routed: Routed, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What ``routed.acc_TD`` becomes with all experts added, float32: run_experts for few tokens,
+    in one product of all experts. ``weights`` hold them fused, gate rows before up rows.
+    """
+    num_choices = routed.experts_TK.shape[1]
+    gate_up_EOD, down_EDI = weights[FUSED_GATE_UP], weights[FUSED_DOWN]
+    expert_S, order_S = routed.experts_TK.flatten().sort(stable=True)
+    end_E = torch.searchsorted(
+        expert_S, torch.arange(len(down_EDI), device=expert_S.device), right=True
+    ).int()
+    tokens_S = order_S // num_choices
+    gate_SI, up_SI = F.grouped_mm(routed.x_TD[tokens_S], gate_up_EOD.mT, offs=end_E).chunk(2, -1)
+    y_SD = F.grouped_mm(F.silu(gate_SI).mul_(up_SI), down_EDI.mT, offs=end_E).float()
+    y_SD.mul_(routed.gates_TK.flatten()[order_S, None])
+    return routed.acc_TD.index_add(0, tokens_S, y_SD)
 
 
 def _choose(

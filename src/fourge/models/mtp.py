@@ -31,6 +31,19 @@ def mtp_forward(
     rope: RopeTable,
 ) -> torch.Tensor:
     """The normed hidden state n_TD of every position; ``weights`` are those of the MTP layer."""
+    residual_TD = mtp_input(hidden_TD, next_embedding_TD, weights, config)
+    layer = config.num_hidden_layers
+    out_TD, _ = decoder_layer(residual_TD, lengths, weights, config, layer, rope, None)
+    return mtp_output(out_TD, weights, config)
+
+
+def mtp_input(
+    hidden_TD: torch.Tensor,
+    next_embedding_TD: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+) -> torch.Tensor:
+    """r: what the decoder layer inside reads."""
     eps = config.rms_norm_eps
     joint = torch.cat(
         [
@@ -39,7 +52,11 @@ def mtp_forward(
         ],
         dim=-1,
     )
-    residual_TD = linear(joint, weights["eh_proj.weight"])
-    layer = config.num_hidden_layers
-    out_TD, _ = decoder_layer(residual_TD, lengths, weights, config, layer, rope, None)
-    return rms_norm(out_TD, weights["shared_head.norm.weight"], eps)
+    return linear(joint, weights["eh_proj.weight"])
+
+
+def mtp_output(
+    out_TD: torch.Tensor, weights: Mapping[str, torch.Tensor], config: ModelConfig
+) -> torch.Tensor:
+    """n, from what the decoder layer inside gives."""
+    return rms_norm(out_TD, weights["shared_head.norm.weight"], config.rms_norm_eps)

@@ -5,8 +5,10 @@ digests are what a resumed run compares. Imports no torch.
 """
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fourge.checkpoint.header import TensorInfo, read_checkpoint
 from fourge.checkpoint.metadata import other_files, read_config, refuse_quantized
@@ -49,19 +51,22 @@ def survey(folder: Path, *, mtp: str) -> Source:
     )
 
 
-def survey_quantized(folder: Path) -> Source:
+def survey_quantized(
+    folder: Path, *, mtp: bool = False, overrides: Mapping[str, Any] | None = None
+) -> Source:
     """The same for a checkpoint whose routed experts are NVFP4 in ModelOpt form; its MTP layer is
-    not looked at. A BF16 checkpoint passes too.
+    looked at only with ``mtp``. A BF16 checkpoint passes too. ``overrides`` replace keys of
+    config.json (models/config.py).
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint.")
     config_text, raw = read_config(folder)
-    config = model_config.from_dict(raw)
+    config = model_config.from_dict(model_config.overridden(raw, overrides or {}))
     _check_experts(config)
     checkpoint = read_checkpoint(folder)
     tensors = split_fused(checkpoint.tensors)
-    check_quantized_tensors(tensors, config)
+    check_quantized_tensors(tensors, config, mtp=mtp)
     return Source(
         folder, config, config_text, tensors, checkpoint.shards, tuple(other_files(folder))
     )

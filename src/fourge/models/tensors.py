@@ -153,13 +153,15 @@ def check_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig, *, mtp
         _check_dtype(info, parsed.role)
 
 
-def check_quantized_tensors(tensors: Mapping[str, TensorInfo], config: ModelConfig) -> None:
+def check_quantized_tensors(
+    tensors: Mapping[str, TensorInfo], config: ModelConfig, *, mtp: bool = False
+) -> None:
     """Compare a checkpoint whose routed experts are NVFP4, all or some, with what ``config``
-    demands; the MTP layer is not looked at. ``input_scale`` may be absent.
+    demands; the MTP layer is looked at only with ``mtp``. ``input_scale`` may be absent.
 
     Raises CheckpointError for a missing tensor, or a wrong shape or dtype.
     """
-    expected = expected_tensors(config, mtp=False)
+    expected = expected_tensors(config, mtp=mtp)
     _check_missing(tensors, expected, config)
     for name, shape in expected.items():
         info = tensors[name]

@@ -1,0 +1,1 @@
+"""An embedded inference engine: tokens in, tokens out; knows nothing of text."""

@@ -1,0 +1,191 @@
+"""Chunks of requests through the model, and the MTP layer's drafts after them.
+
+Slots and positions. Token i of a sequence has position i and lies in slot i of its pages. The MTP
+layer sees token i together with the target's hidden state of token i - 1, at position i - 1, and
+keeps it in slot i too: so what a page holds depends on the tokens up to its last alone, and pages
+are reused under speculation as they are. The first token after a reused prefix needs the hidden
+state before it, which is kept for the last token of every page.
+Knows no sampling: who drafts is asked for every draft.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fourge.engine.cache import PagedCache
+from fourge.engine.loader import Loaded
+from fourge.engine.pages import NOBODY, pages_for
+from fourge.engine.request import Chunk, Request
+from fourge.formats.cache_rows import PAGE_TOKENS
+from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer
+from fourge.models.config import ModelConfig
+from fourge.models.linear import linear
+from fourge.models.mtp import mtp_input, mtp_output
+from fourge.models.norm import rms_norm
+from fourge.models.rope import RopeTable, rope_table
+
+# T tokens of a step, D hidden, V vocabulary, B requests that draft, K drafts
+
+# Logits [B, V] of one draft of each request, and which draft it is -> the drafts' ids [B].
+Choose = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class Part(NamedTuple):
+    """Consecutive positions of one sequence."""
+
+    pages: Sequence[int]
+    position: int
+    num_tokens: int
+
+
+class Runner:
+    """A loaded model with its cache."""
+
+    def __init__(
+        self, weights: Loaded, config: ModelConfig, cache: PagedCache, *, dtype: torch.dtype,
+        num_positions: int,
+    ) -> None:  # fmt: skip
+        self._weights, self._config, self._cache = weights, config, cache
+        self._dtype, self._device = dtype, weights.embedding.device
+        self._rope = rope_table(config, num_positions, self._device)
+
+    def target(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        """Hidden states [T, D] after the final norm, of the chunks' tokens one after the other."""
+        tokens: list[int] = []
+        for chunk in chunks:
+            tokens += chunk.request.tokens[chunk.start : chunk.start + chunk.num_committed]
+            tokens += chunk.drafts
+        parts = [Part(one.request.pages, one.start, one.num_tokens) for one in chunks]
+        hidden_TD = self._embed(torch.tensor(tokens, device=self._device))
+        layers = range(self._config.num_hidden_layers)
+        hidden_TD = self._layers(hidden_TD, self._step(parts, first=0), layers)
+        hidden_TD = rms_norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
+        if len(self._cache.last_hidden_PD):
+            self._keep_last_hidden(hidden_TD, parts)
+        return hidden_TD
+
+    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """float32 [N, V]."""
+        return linear(hidden_ND, self._weights.head).float()
+
+    def predict(
+        self, chunks: Sequence[Chunk], hidden_TD: torch.Tensor, num_drafts: int, choose: Choose
+    ) -> torch.Tensor | None:
+        """Show the MTP layer what the target saw; then draft for the chunks whose requests have
+        chosen a new token. ``hidden_TD`` is target's result; requests are as after the choice.
+        Returns int64 [B, K], or None where nobody drafts.
+        """
+        parts, tokens, sources, lasts = [], [], [], []
+        row = 0
+        held = [self._cache.last_hidden_PD[:0]]
+        num_held = 0
+        drafting: list[Request] = []
+        for chunk in chunks:
+            request, begin, end = chunk.request, chunk.request.num_predicted, chunk.start + 1
+            stop = chunk.start + chunk.num_tokens + 1
+            if begin < end:  # the first token after a reused prefix
+                page = request.pages[chunk.start // PAGE_TOKENS - 1]
+                held.append(self._cache.last_hidden_PD[page : page + 1])
+                sources.append(len(hidden_TD) + num_held)
+                num_held += 1
+            sources += range(row, row + chunk.num_tokens)
+            row += chunk.num_tokens
+            known = request.tokens[begin:stop]
+            # Places of drafts that did not stand: what they leave in the cache is written over.
+            tokens += known + [0] * (stop - begin - len(known))
+            if chunk.samples and request.finish_reason is None:
+                drafting.append(request)
+                lasts.append(sum(part.num_tokens for part in parts) + len(known) - 1)
+            parts.append(Part(request.pages, begin - 1, stop - begin))
+            request.num_predicted = begin + len(known)
+        known_TD = torch.cat([hidden_TD, *(one.to(hidden_TD.dtype) for one in held)])
+        hidden_TD = self._mtp(tokens, known_TD[sources], parts)
+        if not drafting:
+            return None
+        return self._draft(drafting, hidden_TD[lasts], num_drafts, choose)
+
+    def _draft(
+        self, requests: Sequence[Request], hidden_BD: torch.Tensor, num_drafts: int, choose: Choose
+    ) -> torch.Tensor:
+        """K drafts of each; the layer's own output is recycled, after its norm."""
+        head = self._weights.layers[-1].get("shared_head.head.weight", self._weights.head)
+        drafts = []
+        for number in range(num_drafts):
+            drafts.append(choose(linear(hidden_BD, head).float(), number))
+            if number + 1 < num_drafts:
+                parts = [Part(one.pages, len(one.tokens) - 1 + number, 1) for one in requests]
+                hidden_BD = self._mtp(drafts[-1], hidden_BD, parts)
+        return torch.stack(drafts, 1)
+
+    def _mtp(
+        self, tokens: Sequence[int] | torch.Tensor, hidden_TD: torch.Tensor, parts: Sequence[Part]
+    ) -> torch.Tensor:
+        layer, weights = self._config.num_hidden_layers, self._weights.layers[-1]
+        table = weights.get("embed_tokens.weight", self._weights.embedding)
+        embedding_TD = self._embed(torch.as_tensor(tokens, device=self._device), table)
+        joined_TD = mtp_input(hidden_TD, embedding_TD, weights, self._config)
+        step = self._step(parts, first=1)
+        joined_TD = self._layers(joined_TD, step, range(layer, layer + 1))
+        return mtp_output(joined_TD, weights, self._config)
+
+    def _embed(self, token_T: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
+        table = self._weights.embedding if table is None else table
+        return table.index_select(0, token_T).to(self._dtype)
+
+    def _layers(self, hidden_TD: torch.Tensor, step: Step, layers: range) -> torch.Tensor:
+        selections: Selections = [None] * len(step.runs)
+        for layer in layers:
+            hidden_TD, selections = cached_layer(
+                hidden_TD, step, self._weights.layers[layer], self._config, layer, self._cache,
+                selections,
+            )  # fmt: skip
+        return hidden_TD
+
+    def _step(self, parts: Sequence[Part], *, first: int) -> Step:
+        """Neighbouring parts of one small size make a run; ``first``: see Run."""
+        runs, start = [], 0
+        positions, slots = [], []
+        for few, group in groupby(
+            parts, lambda part: part.num_tokens if part.num_tokens <= FEW_QUERIES else 0
+        ):
+            members = list(group)
+            for own in [members] if few else [[one] for one in members]:
+                run = self._run(own, start, first)
+                start = run.rows.stop
+                runs.append(run)
+                positions.append(run.position_MN.flatten())
+                slots.append(run.slot_MS.gather(1, run.position_MN).flatten())
+        position_T = torch.cat(positions)
+        rope = RopeTable(self._rope.cos_PR[position_T], self._rope.sin_PR[position_T])
+        return Step(torch.cat(slots), rope, self._rope, tuple(runs))
+
+    def _run(self, parts: Sequence[Part], start: int, first: int) -> Run:
+        count = parts[0].num_tokens
+        num_keys = max(part.position for part in parts) + count
+        num_pages = pages_for(num_keys + first)
+        pages = np.full((len(parts), num_pages), NOBODY, dtype=np.int64)
+        for number, part in enumerate(parts):
+            own = part.pages[:num_pages]
+            pages[number, : len(own)] = own
+        page_MP = torch.from_numpy(pages).to(self._device)
+        place_S = torch.arange(PAGE_TOKENS, device=self._device)
+        slot_MS = (page_MP.unsqueeze(-1) * PAGE_TOKENS + place_S).flatten(1)
+        begin_M1 = torch.tensor([[part.position] for part in parts], device=self._device)
+        position_MN = begin_M1 + torch.arange(count, device=self._device)
+        rows = slice(start, start + len(parts) * count)
+        slot_MS = slot_MS[:, first : first + num_keys]
+        return Run(rows, page_MP, slot_MS, position_MN, first)
+
+    def _keep_last_hidden(self, hidden_TD: torch.Tensor, parts: Sequence[Part]) -> None:
+        rows, pages, start = [], [], 0
+        for part in parts:
+            ahead = -(part.position + 1) % PAGE_TOKENS  # of the first token, to its page's last
+            for row in range(ahead, part.num_tokens, PAGE_TOKENS):
+                rows.append(start + row)
+                pages.append(part.pages[(part.position + row) // PAGE_TOKENS])
+            start += part.num_tokens
+        if rows:
+            self._cache.last_hidden_PD[pages] = hidden_TD[rows].float()

@@ -280,6 +280,30 @@ def test_constant_weights_are_not_crowded(own: Case):
     assert rules_of(own.checkpoint) == []
 
 
+def test_blocks_far_apart_are_judged_by_their_own_codes(tmp_path: Path):
+    """Codes are read in several pieces: a block of zeros at each end of a large projection."""
+    config = published_config(
+        num_hidden_layers=2, hidden_size=512, moe_intermediate_size=512, n_routed_experts=4,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    case = Case.of(
+        write_checkpoint(tmp_path / "source", config=config, traps=False), tmp_path, vocab=256
+    )
+    name = expert(1, 3, "down_proj.weight")
+
+    def clear(codes: torch.Tensor) -> torch.Tensor:
+        codes = codes.clone()
+        codes[0, :8] = codes[-1, -8:] = codes[255, 8:16] = 0
+        return codes
+
+    edit_tensors(case.checkpoint, name, clear)
+    ends = stored(lambda data: (data[0, :1].fill_(LARGEST), data[-1, -1:].fill_(LARGEST)))
+    edit_tensors(case.checkpoint, f"{name}_scale", ends)
+    (finding,) = numbers_of(case.checkpoint).findings
+    assert (finding.rule, finding.places) == ("S10", (f"{name}_scale",))
+    assert finding.message.startswith("2 blocks")
+
+
 def test_a_sample_reads_one_expert_of_each_layer(own: Case):
     edit_tensors(own.checkpoint, expert(1, 1, "up_proj.weight_scale"), set_first(NAN))
     edit_tensors(own.checkpoint, expert(2, 5, "up_proj.weight_scale"), set_first(NAN))

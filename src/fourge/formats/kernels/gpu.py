@@ -9,9 +9,12 @@ Runs on the current stream of w's device. Reads pairs of weights (pairs.py).
 Suffixes: B blocks of 16 weights, P the 8 pairs of a block.
 """
 
+# Triton may not be installed; where it is, its types are those of its compiler, not of kernels.
+# pyright: reportMissingImports=false, reportArgumentType=false, reportAttributeAccessIssue=false
+
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from fourge.formats.kernels.pairs import as_pairs

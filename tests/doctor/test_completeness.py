@@ -2,13 +2,20 @@
 
 import codecs
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoint_edits import Folder, expert, rules_of
+from checkpoint_edits import Folder, expert, report_of, rules_of
 from damage import Case
+from fourge.checkpoint.writer import OutTensor, plan_shard
+from fourge.doctor.completeness import check_shards
+from fourge.doctor.evidence import gather
+from fourge.doctor.files import open_files
+from fourge.doctor.findings import rules
+from fourge.errors import CheckpointError
 from tensor_edits import INDEX
 
 MTP = "model.layers.3."
@@ -213,3 +220,33 @@ def test_an_accident_fires_its_rule(own: Case, name: str):
     wanted, damage = DAMAGE[name]
     damage(Folder(own.checkpoint))
     assert rules_of(own.checkpoint) == wanted
+
+
+def test_a_huge_shard_is_told(tmp_path: Path):
+    """50 GB that take no room on the disk."""
+    plan = plan_shard(
+        "model.safetensors", [OutTensor("lm_head.weight", "BF16", (25_000, 1_000_000))]
+    )
+    with (tmp_path / "model.safetensors").open("wb") as stream:
+        stream.write(plan.header)
+        stream.truncate(plan.nbytes)
+    (finding,) = check_shards(gather(open_files(tmp_path)))
+    assert (finding.rule, finding.severity) == ("K12", "info")
+    assert finding.message == "it has 50.0 GB."
+
+
+def test_every_rule_is_checked_or_said_not_to_be(own: Case):
+    """Without a source, with one, and of a config that nobody can read."""
+    for source in (None, own.source):
+        report = report_of(own.checkpoint, source)
+        assert {*report.checked, *report.not_checked} == set(rules())
+        assert not set(report.checked) & set(report.not_checked)
+    (own.checkpoint / "config.json").write_text("{")
+    report = report_of(own.checkpoint)
+    assert {*report.checked, *report.not_checked} == set(rules())
+    assert {"X07", "Q05", "D03", "K01"} <= set(report.not_checked)
+
+
+def test_what_nobody_has_quantized_is_refused(own: Case):
+    with pytest.raises(CheckpointError, match="is not quantized: its tensors are BF16, F32"):
+        report_of(own.source)

@@ -99,6 +99,7 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     "transposed attention": (
         ["D03"], lambda f: f.map(ATTENTION + "o_proj.weight", lambda t: t[:, :-1])
     ),
+    "a width that blocks do not divide": (["D06"], lambda f: f.config(moe_intermediate_size=40)),
     "F16 attention": (["D03"], lambda f: f.map(ATTENTION + "o_proj.weight", torch.Tensor.half)),
     "experts of another width": (
         ["D03"], lambda f: f.config(moe_intermediate_size=48, n_shared_experts=1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from fourge.doctor.findings import Finding
 from fourge.layerwise.budget import format_bytes
 from fourge.reports import charts
 from fourge.reports.blocks import (
@@ -15,7 +16,7 @@ from fourge.reports.blocks import (
     Table,
     Tone,
 )
-from fourge.reports.records import Doctor, Finding, Records
+from fourge.reports.records import Doctor, Records
 from fourge.reports.wording import (
     DOCTOR,
     DOCTOR_WITH_SOURCE,

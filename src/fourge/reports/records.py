@@ -13,6 +13,7 @@ from typing import Any
 from fourge.checkpoint.header import Checkpoint, read_checkpoint
 from fourge.checkpoint.inventory import Entry, by_role, inventory
 from fourge.checkpoint.metadata import CONFIG_NAME, HF_QUANT_CONFIG_NAME, read_config
+from fourge.doctor.findings import Finding
 from fourge.errors import CheckpointError
 from fourge.layerwise.folders import OWN_FOLDER
 from fourge.reports.evaluations import Evaluation, parse_evaluation
@@ -92,19 +93,6 @@ class Coverage:
     never_seen: int
     saturation: tuple[tuple[int, ...], tuple[int, ...]] | None
     layers: tuple[LayerCoverage, ...]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One finding of the doctor, with all its places."""
-
-    rule: str
-    severity: str
-    where: str
-    count: int
-    message: str
-    remedy: str
-    engines: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rules S07, S08, V01, V02, V03 and V05: dequantized experts against the weights of the source.
+"""Rules S07, S08, V01 to V05: dequantized experts against the weights of the source.
 
 One pass reads every packed projection and its source: error sums, and the bits that nvidia-modelopt
 "max" would have written with the same amax. What is far off is read again and named by trying what
@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,9 @@ from fourge.doctor.findings import Finding, found
 from fourge.doctor.passes import Progress, in_parallel, load, load_bytes, num_workers
 from fourge.doctor.scales import POOLS, is_usable
 from fourge.formats import kernels, nvfp4
-from fourge.formats.layout import packed_shape, scale_shape
+from fourge.formats.layout import BLOCK_SIZE, packed_shape, scale_shape
 from fourge.formats.nvfp4 import ErrorSums, NVFP4Tensor
+from fourge.models.chunks import slices
 
 # A projection is looked at again below this cosine, with a best factor farther from 1 than this,
 # or with a relative RMS so much larger than the median of its kind.
@@ -37,6 +38,7 @@ OWN_ERROR = 1.1
 # Part of a max export's projections that may differ in some bits, and be named for it.
 FEW = 0.1
 WORST = 10
+ROUNDING = 1e-4  # of sums of squares in float32
 IN_MEMORY = 8  # bytes per packed byte: BF16 twice over while it is read, packed twice, codes
 ROWS = 16  # of another expert, where a few will do
 
@@ -50,6 +52,7 @@ class Comparison:
     amax: float  # of the source's pool: gate and up together, or down
     different_codes: int  # from "max", minus zero counted as zero
     is_max: bool  # same scales and codes as "max"
+    farther_blocks: int  # whose squared error is larger than that of "max"
 
     @property
     def relative_rms(self) -> float:
@@ -180,22 +183,51 @@ def _compare_expert(weights: Weights, projections: Sequence[Projection]) -> list
         for one in own:
             packed = weights.packed(one)
             sums = kernels.compare(originals[one.name], packed)
-            codes, is_max = _against_max(originals[one.name], packed, amax)
-            results.append(Comparison(one, sums, amax, codes, is_max))
+            results.append(
+                Comparison(one, sums, amax, *_against_max(originals[one.name], packed, amax))
+            )
     return results
 
 
-def _against_max(w: Tensor, q: NVFP4Tensor, amax: float) -> tuple[int, bool]:
-    """Codes that differ from "max" (minus zero is zero), and whether nothing does."""
+class _AgainstMax(NamedTuple):
+    """The last fields of a Comparison."""
+
+    different_codes: int
+    is_max: bool
+    farther_blocks: int
+
+
+def _against_max(w: Tensor, q: NVFP4Tensor, amax: float) -> _AgainstMax:
+    """What differs from "max" with the pool's amax; minus zero counts as zero."""
     if not math.isfinite(amax):
-        return 0, False
+        return _AgainstMax(0, False, 0)
     wanted = kernels.quantize(w, nvfp4.weight_scale_2(amax))
     scales = torch.equal(wanted.weight_scale.view(torch.uint8), q.weight_scale.view(torch.uint8))
-    same_scale = bool(wanted.weight_scale_2 == q.weight_scale_2)
-    if torch.equal(wanted.weight, q.weight):
-        return 0, scales and same_scale
-    codes = int((unsigned_zeros(wanted.weight) != unsigned_zeros(q.weight)).sum())
-    return codes, scales and same_scale and not codes
+    same_scales = scales and bool(wanted.weight_scale_2 == q.weight_scale_2)
+    codes = 0
+    if not torch.equal(wanted.weight, q.weight):
+        codes = int((unsigned_zeros(wanted.weight) != unsigned_zeros(q.weight)).sum())
+    if same_scales and not codes:
+        return _AgainstMax(0, True, 0)
+    return _AgainstMax(codes, False, _farther_blocks(w, q, wanted))
+
+
+def _farther_blocks(w: Tensor, q: NVFP4Tensor, other: NVFP4Tensor) -> int:
+    """Blocks of 16 in which q is farther from w than ``other`` is, beyond what rounding does."""
+    count = 0
+    for rows in slices(len(w), ROWS):
+        ours_NB, theirs_NB = (
+            _block_errors(w[rows], NVFP4Tensor(one.weight[rows], one.weight_scale[rows], one[2]))
+            for one in (q, other)
+        )
+        count += int((ours_NB > theirs_NB * (1 + ROUNDING)).sum())
+    return count
+
+
+def _block_errors(w_NK: Tensor, q: NVFP4Tensor) -> Tensor:
+    """Squared error of every block, float32 [N, K / 16]."""
+    difference_NK = w_NK.float() - kernels.dequantize(q, torch.float32)
+    return difference_NK.square().unflatten(-1, (-1, BLOCK_SIZE)).sum(-1)
 
 
 def unsigned_zeros(packed: Tensor) -> Tensor:
@@ -235,7 +267,7 @@ def error_figures(comparisons: Sequence[Comparison]) -> dict[str, Any]:
 
 def _summary(layer: int, name: str, group: Sequence[Comparison]) -> dict[str, Any]:
     sums = [sum(values) for values in zip(*(one.sums for one in group), strict=True)]
-    whole = Comparison(group[0].projection, ErrorSums(*sums), 0.0, 0, False)
+    whole = Comparison(group[0].projection, ErrorSums(*sums), 0.0, 0, False, 0)
     worst = max(group, key=lambda one: one.relative_rms)
     return {
         "layer": layer,
@@ -293,6 +325,26 @@ def check_bits(comparisons: Sequence[Comparison], told: Collection[str]) -> Iter
             f" nvidia-modelopt writes, all others are; {codes:,} codes differ."
         )
         yield found("V03", [one.projection.tensor() for one in others], message)
+
+
+def check_blocks_against_max(
+    comparisons: Sequence[Comparison], told: Collection[str]
+) -> Iterator[Finding]:
+    """V04: blocks of an export by another method that "max" would have brought nearer."""
+    others = [
+        one
+        for one in comparisons
+        if one.farther_blocks and one.is_number and one.projection.tensor() not in told
+    ]
+    if others:
+        blocks = sum(one.farther_blocks for one in others)
+        # A block scale is one byte.
+        of = sum(one.projection.parts["weight_scale"].nbytes for one in comparisons)
+        message = (
+            f"{blocks:,} of {of:,} blocks, in {len(others):,} of {len(comparisons):,} projections,"
+            " have a larger squared error than plain max would give them."
+        )
+        yield found("V04", [one.projection.tensor() for one in others], message)
 
 
 def errs_as_max(w: Tensor, q: NVFP4Tensor, amax: float) -> bool:

@@ -33,7 +33,6 @@ EXPLAIN = {"K01", "K03", "K05", "K06", "K07", "K08", "K10", "M02", "M06", "D02",
            "D05", "S11"}  # fmt: skip
 REASONS = {
     "run": "no file tells: it shows on a running engine, or in how the checkpoint was made",
-    "blocks": "weights are compared projection by projection (V02), not block by block",
     "config": "needs a config.json that can be understood",
     "tokenizer": "a model for tests: its vocabulary is too small for a tokenizer",
 }
@@ -137,7 +136,6 @@ def examine(evidence: Evidence, depth: Depth, on_progress: Progress) -> Report:
 def _static(evidence: Evidence) -> tuple[list[str], dict[str, str]]:
     """Rules that are settled with the config, and rules that nothing here can settle."""
     not_checked = {id: REASONS["run"] for id, rule in rules().items() if rule.needs == "run"}
-    not_checked["V04"] = REASONS["blocks"]
     if companions.needs_no_tokenizer(evidence):
         not_checked["K13"] = REASONS["tokenizer"]
     checked = ["C06"] if "K13" in not_checked else ["C06", "K13"]

@@ -22,6 +22,7 @@ from fourge.doctor.comparison import (
     Comparison,
     Weights,
     check_bits,
+    check_blocks_against_max,
     check_zeros,
     comparable,
     compare_experts,
@@ -67,7 +68,7 @@ class Depth:
 
 
 def check_numbers(evidence: Evidence, depth: Depth, on_progress: Progress) -> Numbers:
-    """All rules of SCALARS, BLOCKS and AGAINST_SOURCE, S06 and V03."""
+    """All rules of SCALARS, BLOCKS and AGAINST_SOURCE, S06, V03 and V04."""
     numbers = Numbers()
     whole = evidence.files.is_local or depth.sample
     if whole:
@@ -102,7 +103,7 @@ def _check_against_source(
         reason = (
             "needs --source" if source is None else "reads all weights: local files, or --sample"
         )
-        numbers.not_checked |= dict.fromkeys((*AGAINST_SOURCE, "V03"), reason)
+        numbers.not_checked |= dict.fromkeys((*AGAINST_SOURCE, "V03", "V04"), reason)
         return
     numbers.findings += check_unquantized(
         evidence, source, sample=depth.sample, memory=depth.memory, on_progress=on_progress
@@ -148,7 +149,10 @@ def _judge(
     if is_max_export(numbers.facts):
         numbers.findings += check_bits(comparisons, told | named)
         numbers.checked.append("V03")
+        numbers.not_checked["V04"] = "a max export is what it would be compared with"
     else:
+        numbers.findings += check_blocks_against_max(comparisons, told | named)
+        numbers.checked.append("V04")
         numbers.not_checked["V03"] = "holds for max exports only"
 
 

@@ -2,9 +2,10 @@
 
 Pages of 64 tokens. "bf16" and "fp32" keep numbers as they are, "fp8" the 656-byte latent rows and
 132-byte index keys of formats/cache_rows.py. A page of plain index keys holds number after number
-of its 64 keys, so that scores of neighbours are computed side by side. A layer without an indexer of its own keeps no index
-keys. Under speculation the last hidden state of every page is kept too, since the MTP layer's first
-token after a reused prefix needs it. Memory: ``token_bytes`` a token, touched as pages are used.
+of its 64 keys, so that scores of neighbours are computed side by side. A layer without an indexer
+of its own keeps no index keys. Under speculation the last hidden state of every page is kept too,
+since the MTP layer's first token after a reused prefix needs it. Memory: ``token_bytes`` a token,
+touched as pages are used.
 """
 
 import torch

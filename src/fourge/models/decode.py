@@ -18,8 +18,8 @@ from fourge.models.kernels import decode as kernels
 from fourge.models.rope import softmax_factor
 
 # T new tokens, S sequences, P pages of the longest, Z slots of the cache, D hidden, A columns of a
-# joint product, O key and value rows, X latent and rotated key, I index head size, K selected positions,
-# L numbers of index keys of all pages
+# joint product, O key and value rows, X latent and rotated key, I index head size, K selected
+# positions, L numbers of index keys of all pages
 
 Array = np.ndarray[Any, Any]
 
@@ -93,9 +93,11 @@ def decode_weights(
     return DecodeWeights(
         input_norm=array("input_layernorm.weight"),
         first_DA=joined(
-            f"{attention}q_a_proj.weight", f"{attention}kv_a_proj_with_mqa.weight",
-            f"{indexer}wk.weight", f"{indexer}weights_proj.weight",
-        ),  # fmt: skip
+            f"{attention}q_a_proj.weight",
+            f"{attention}kv_a_proj_with_mqa.weight",
+            f"{indexer}wk.weight",
+            f"{indexer}weights_proj.weight",
+        ),
         query_norm=array(f"{attention}q_a_layernorm.weight"),
         latent_norm=array(f"{attention}kv_a_layernorm.weight"),
         index_norm=(array(f"{indexer}k_norm.weight"), array(f"{indexer}k_norm.bias")),

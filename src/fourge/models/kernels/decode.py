@@ -4,7 +4,7 @@ A step of few tokens through a small model is bound by the number of calls, not 
 call here stands for some twenty of torch. The dense products stay torch's. References: norm.py,
 rope.py, dsa.project and dsa.select_cached, mla.attend_absorbed, moe.route and
 moe.run_fused_experts, to which sums agree but for their order (tests state the tolerance).
-Releases the GIL. Compiled at the first import (%COMPILE% s) and cached as formats/kernels/cpu.py is.
+Releases the GIL. Compiled at the first import (12 s) and cached as formats/kernels/cpu.py is.
 
 Array suffixes: T tokens, D hidden, A columns of a joint product, Q query latent, C key-value
 latent, R rotated numbers (tables: R / 2), X = C + R, I index head size or, of experts, intermediate
@@ -221,7 +221,7 @@ def _largest(bits_P: Array, count: int, wanted: int, some_P: Array, chosen_K: Ar
                 found += 1
             some_P[left] = place
             left += i64(own == last)
-        count = left
+        count = int(left)
 
 
 @njit(
@@ -355,9 +355,7 @@ def _silu(x: np.float32) -> np.float32:
     return f32(x / (f32(1.0) + _exp(-x)))
 
 
-@njit(
-    "void(float32[:, ::1], int64, float32[:, ::1])", nogil=True, cache=True, error_model="numpy"
-)
+@njit("void(float32[:, ::1], int64, float32[:, ::1])", nogil=True, cache=True, error_model="numpy")
 def silu_times(joint_TA: Array, first: int, inner_TI: Array) -> None:
     """silu(gate) * up of columns [gate | up] from ``first`` on."""
     size = inner_TI.shape[1]
@@ -444,7 +442,11 @@ def add_experts(
     """
     tokens, choices = expert_TK.shape
     number, hidden, size = down_EDI.shape
-    inner, own_N, gate_N = np.empty((tokens, size), f32), np.empty(tokens, i64), np.empty(tokens, f32)
+    inner, own_N, gate_N = (
+        np.empty((tokens, size), f32),
+        np.empty(tokens, i64),
+        np.empty(tokens, f32),
+    )
     for e in range(number):
         count = 0
         for t in range(tokens):

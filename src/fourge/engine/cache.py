@@ -1,9 +1,11 @@
 """The tensors of the paged cache: latents and index keys of every layer, the MTP layer included.
 
 Pages of 64 tokens. "bf16" and "fp32" keep numbers as they are, "fp8" the 656-byte latent rows and
-132-byte index keys of formats/cache_rows.py. A layer without an indexer of its own keeps no index
-keys. Under speculation the last hidden state of every page is kept too, since the MTP layer's first
-token after a reused prefix needs it. Memory: ``token_bytes`` a token, touched as pages are used.
+132-byte index keys of formats/cache_rows.py. A page of plain index keys holds number after number
+of its 64 keys, so that scores of neighbours are computed side by side. A layer without an indexer
+of its own keeps no index keys. Under speculation the last hidden state of every page is kept too,
+since the MTP layer's first token after a reused prefix needs it. Memory: ``token_bytes`` a token,
+touched as pages are used.
 """
 
 import torch
@@ -11,6 +13,7 @@ import torch
 from fourge.formats import cache_rows
 from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.models.config import ModelConfig
+from fourge.models.decode import Rows
 from fourge.models.mla import Latents
 
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -80,6 +83,17 @@ class PagedCache:
         if key_TI is not None:
             self._write_index_keys(layer, slot_T, key_TI)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``rows`` can be had: float32 on the CPU."""
+        return self._latents[0].dtype == torch.float32 and self._latents[0].device.type == "cpu"
+
+    def rows(self, layer: int) -> Rows:
+        """The layer's memory itself, if it is plain."""
+        index_keys = self._index_keys[layer]
+        keys_LS = torch.empty(0) if index_keys is None else index_keys
+        return Rows(self._latents[layer].numpy(), keys_LS.view(-1, PAGE_TOKENS).numpy())
+
     def read_latents(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         """[..., C + R] of slots of any shape."""
         rows = self._latents[layer].index_select(0, slots.flatten())
@@ -95,16 +109,18 @@ class PagedCache:
         rows = pages.index_select(0, page_MP.flatten())
         if self._packed:
             rows = cache_rows.unpack_index_pages(rows, self._config.index_head_dim)
-        return rows.float().view(len(page_MP), -1, self._config.index_head_dim)
+        else:
+            rows = rows.float().unflatten(1, (-1, PAGE_TOKENS)).mT
+        return rows.reshape(len(page_MP), -1, self._config.index_head_dim)
 
     def _write_index_keys(self, layer: int, slot_T: torch.Tensor, key_TI: torch.Tensor) -> None:
         pages, size = self._index_keys[layer], self._config.index_head_dim
         assert pages is not None, f"layer {layer} has no index keys"
+        page_T, place_T = slot_T // PAGE_TOKENS, slot_T % PAGE_TOKENS
         if not self._packed:
-            pages.view(-1, size)[slot_T] = key_TI.to(pages.dtype)
+            pages.view(-1, size, PAGE_TOKENS)[page_T, :, place_T] = key_TI.to(pages.dtype)
             return
         codes, scales = cache_rows.pack_index_keys(key_TI)
-        page_T, place_T = slot_T // PAGE_TOKENS, slot_T % PAGE_TOKENS
         values = pages[:, : PAGE_TOKENS * size].unflatten(1, (PAGE_TOKENS, size))
         values[page_T, place_T] = codes
         pages[:, PAGE_TOKENS * size :].unflatten(1, (PAGE_TOKENS, 4))[page_T, place_T] = scales

@@ -44,6 +44,12 @@ class Loaded:
     layers: tuple[Weights, ...]
     experts: str  # "expanded", "cached" or "packed"
 
+    @property
+    def waits_for_nothing(self) -> bool:
+        """Whether no layer looks on the host at which experts are chosen."""
+        one_by_one = expert_suffix(0, PROJECTIONS[0])
+        return not any(one_by_one in layer for layer in self.layers)
+
 
 def stored_bytes(source: Source, layers: range) -> int:
     """Bytes on disk of what is loaded."""

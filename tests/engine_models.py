@@ -1,16 +1,22 @@
 """Tiny random models for engines, and how tests run requests through one."""
 
-from collections.abc import Sequence
+import json
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
+from fourge.checkpoint.names import parse
 from fourge.engine.engine import Engine
 from fourge.engine.params import SamplingParams
 from fourge.engine.request import Request
+from fourge.formats import nvfp4
 from fourge.models.config import DSA_FAMILIES
 from random_checkpoint import published_config, write_checkpoint
+from tensor_edits import INDEX
 
 VOCAB = 256
 # The engine's smallest sensible sizes, so that tests start quickly.
@@ -26,6 +32,30 @@ def write_model(folder: Path, *, family: str = "glm_moe_dsa", **changes: Any) ->
     indexer = {"index_n_heads": 16} if family in DSA_FAMILIES else {}
     config = published_config(family, **({"eos_token_id": None} | indexer | changes))
     return write_checkpoint(folder, config=config, traps=False)
+
+
+def pack_experts(source: Path, folder: Path, chosen: Callable[[int, int], bool]) -> Path:
+    """A copy whose routed experts are NVFP4 where ``chosen(layer, expert)``; no two weights share
+    a scale.
+    """
+    shutil.copytree(source, folder)
+    path = folder / INDEX
+    index = json.loads(path.read_text())
+    for file in sorted(set(index["weight_map"].values())):
+        packed: dict[str, torch.Tensor] = {}
+        for name, weight in load_file(folder / file).items():
+            parsed = parse(name)
+            layer, expert = parsed.layer, parsed.expert
+            if layer is None or expert is None or not chosen(layer, expert):
+                packed[name] = weight
+                continue
+            parts = nvfp4.quantize(weight, nvfp4.weight_scale_2(nvfp4.amax(weight)))
+            for part, value in zip(("", "_scale", "_scale_2"), parts, strict=True):
+                packed[name + part] = value
+        save_file(packed, folder / file, metadata={"format": "pt"})
+        index["weight_map"] |= dict.fromkeys(packed, file)
+    path.write_text(json.dumps(index))
+    return folder
 
 
 def random_tokens(length: int, seed: int, vocab: int = VOCAB) -> list[int]:

@@ -52,7 +52,8 @@ def compare_steps(engine: Engine) -> list[float]:
         hidden_TD: torch.Tensor, parts: Sequence[Any], layers: range, *, first: int
     ) -> torch.Tensor:
         rows = [array for layer in layers for array in decoder._layers[layer][1]]
-        expected_TD = runner._reference(hidden_TD.clone(), parts, layers, first)
+        step = runner._step(parts, first=first)
+        expected_TD = runner._reference(hidden_TD.clone(), step, layers)
         written = [array.copy() for array in rows]
         found_TD = fast(hidden_TD, parts, layers, first=first)
         errors.append((found_TD - expected_TD).abs().max().item())

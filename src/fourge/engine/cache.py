@@ -102,6 +102,10 @@ class PagedCache:
             rows = cache_rows.unpack_latents(rows, config.kv_lora_rank, config.qk_rope_head_dim)
         return rows.to(self._read_dtype).unflatten(0, slots.shape)
 
+    def latent_rows(self, layer: int) -> torch.Tensor:
+        """[slots, C + R], or bytes of FP8 rows."""
+        return self._latents[layer]
+
     def read_index_keys(self, layer: int, page_MP: torch.Tensor) -> torch.Tensor:
         """float32 [M, P * 64, I]."""
         pages = self._index_keys[layer]

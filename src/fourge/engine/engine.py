@@ -115,8 +115,9 @@ class Engine:
         )  # fmt: skip
         positions = self.sizes.max_model_len + self.sizes.lookahead + 1
         self._runner = Runner(
-            weights, self.config, cache, dtype=self.dtype, num_positions=positions
-        )
+            weights, self.config, cache, dtype=self.dtype, num_positions=positions,
+            eager=self.options.enforce_eager,
+        )  # fmt: skip
         self._scheduler = Scheduler(
             PagePool(self.sizes.num_pages),
             max_num_seqs=self.options.max_num_seqs,

@@ -2,15 +2,17 @@
 
 Three ways to hold the routed experts: expanded once and fused (one product for all of them), where
 that fits; as stored, with the latest expanded ones kept (experts.py), on a CPU with less memory; as
-stored, on a GPU. Everything else is cast to the compute dtype once, but for the router and the
-indexer's keys and head weights, which are float32. Peak memory: the result, and one expert or one
-layer's other tensors per thread.
+stored, on a GPU, those of a layer one after the other if they are of one kind and the compute dtype
+is bfloat16. Everything else is cast to the compute dtype once, but for the router and the indexer's
+keys and head weights, which are float32. Peak memory: the result, and one expert or one layer's
+other tensors per thread.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,6 +20,8 @@ from fourge.checkpoint.header import TensorInfo
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP, PROJECTIONS, expert_suffix, parse
 from fourge.checkpoint.source import FileReader, check_finite, read_all_tensors
 from fourge.engine.experts import ExpandedExperts, PackedLayer, expand
+from fourge.formats.layout import packed_shape, scale_shape
+from fourge.formats.nvfp4 import DTYPES
 from fourge.layerwise.budget import default_workers
 from fourge.layerwise.groups import by_layer, split_experts
 from fourge.models.survey import Source
@@ -26,6 +30,7 @@ from fourge.models.tensors import projection_shape
 Weights = Mapping[str, torch.Tensor]
 OnProgress = Callable[[int, int], None]  # bytes read, of how many
 
+_PARTS = ("", "_scale", "_scale_2")  # of an NVFP4 weight's name, in the order of NVFP4Tensor
 _FLOAT32 = ("self_attn.indexer.weights_proj.", "self_attn.indexer.k_norm.", "mlp.gate.")
 
 
@@ -38,6 +43,12 @@ class Loaded:
     head: torch.Tensor
     layers: tuple[Weights, ...]
     experts: str  # "expanded", "cached" or "packed"
+
+    @property
+    def waits_for_nothing(self) -> bool:
+        """Whether no layer looks on the host at which experts are chosen."""
+        one_by_one = expert_suffix(0, PROJECTIONS[0])
+        return not any(one_by_one in layer for layer in self.layers)
 
 
 def stored_bytes(source: Source, layers: range) -> int:
@@ -100,8 +111,12 @@ class Loader:
         others = pool.submit(self._rest, rest)
         if not experts:
             return others.result()
-        if way == "expanded":
+        own = {info.dtype for one in experts for info in one if info.name.endswith(".weight")}
+        in_line = way == "packed" and self._dtype == torch.bfloat16
+        if way == "expanded" or (in_line and own == {"BF16"}):
             return self._fused(pool, experts) | others.result()
+        if in_line and own == {"U8"}:
+            return self._stacked(pool, experts) | others.result()
         stored: dict[str, torch.Tensor] = {}
         for part in pool.map(self._read, experts):
             stored |= part
@@ -114,8 +129,9 @@ class Loader:
     ) -> dict[str, torch.Tensor]:
         config = self._source.config
         rows, columns = projection_shape(config, "gate_proj")
-        gate_up = torch.empty(len(experts), 2 * rows, columns, dtype=self._dtype)
-        down = torch.empty(len(experts), columns, rows, dtype=self._dtype)
+        kind: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
+        gate_up = torch.empty(len(experts), 2 * rows, columns, **kind)
+        down = torch.empty(len(experts), columns, rows, **kind)
 
         def fill(expert: int) -> None:
             stored = self._read(experts[expert])
@@ -125,6 +141,36 @@ class Loader:
 
         list(pool.map(fill, range(len(experts))))
         return {FUSED_GATE_UP: gate_up, FUSED_DOWN: down}
+
+    def _stacked(
+        self, pool: ThreadPoolExecutor, experts: list[list[TensorInfo]]
+    ) -> dict[str, torch.Tensor]:
+        """NVFP4 as it is stored: see moe.run_fused_experts."""
+        rows, columns = projection_shape(self._source.config, "gate_proj")
+        shapes = {FUSED_GATE_UP: (2 * rows, columns), FUSED_DOWN: (columns, rows)}
+        scalars = {FUSED_GATE_UP: (2,), FUSED_DOWN: ()}
+        stacks: dict[str, torch.Tensor] = {}
+        for name, shape in shapes.items():
+            parts = (packed_shape(shape), scale_shape(shape), scalars[name])
+            for part, one, dtype in zip(_PARTS, parts, DTYPES, strict=True):
+                stacks[name + part] = torch.empty(
+                    len(experts), *one, dtype=dtype, device=self._device
+                )
+
+        def fill(expert: int) -> None:
+            stored = self._read(experts[expert])
+            targets = ((FUSED_GATE_UP, 0, rows), (FUSED_GATE_UP, 1, rows), (FUSED_DOWN, 0, columns))
+            for projection, (name, place, height) in zip(PROJECTIONS, targets, strict=True):
+                for part in _PARTS:
+                    one = stored[expert_suffix(expert, projection, f"weight{part}")]
+                    target = stacks[name + part][expert]
+                    if part == _PARTS[-1]:
+                        target.view(-1)[place : place + 1] = one.reshape(1)
+                    else:
+                        target[place * height : (place + 1) * height] = one
+
+        list(pool.map(fill, range(len(experts))))
+        return stacks
 
     def _rest(self, tensors: list[TensorInfo]) -> dict[str, torch.Tensor]:
         """Cast and placed."""

@@ -35,6 +35,7 @@ class EngineOptions:
     cache_tokens: int | None = None
     kv_cache_dtype: str = "auto"  # auto: the compute dtype; bf16, fp32, fp8
     enable_prefix_caching: bool = True
+    enforce_eager: bool = False  # no CUDA graphs
     num_speculative_tokens: int = 0
     draft_sample_method: str = "probabilistic"  # or greedy
     rejection_sample_method: str = "standard"  # or block
@@ -135,6 +136,7 @@ def _check_choices(options: EngineOptions) -> None:
         "draft_sample_method": ("probabilistic", "greedy"),
         "rejection_sample_method": ("standard", "block"),
         "enable_prefix_caching": (True, False),
+        "enforce_eager": (True, False),
     }
     for name, allowed in choices.items():
         value = getattr(options, name)

@@ -16,6 +16,7 @@ import torch
 
 from fourge.engine.cache import PagedCache
 from fourge.engine.decoding import Decoder, can_decode
+from fourge.engine.graphs import DecodeGraphs, Inputs
 from fourge.engine.loader import Loaded
 from fourge.engine.pages import NOBODY, pages_for
 from fourge.engine.request import Chunk, Part, Request
@@ -38,14 +39,18 @@ class Runner:
 
     def __init__(
         self, weights: Loaded, config: ModelConfig, cache: PagedCache, *, dtype: torch.dtype,
-        num_positions: int,
+        num_positions: int, eager: bool,
     ) -> None:  # fmt: skip
+        """``eager``: no CUDA graphs."""
         self._weights, self._config, self._cache = weights, config, cache
         self._dtype, self._device = dtype, weights.embedding.device
         self._rope = rope_table(config, num_positions, self._device)
         self._decoder: Decoder | None = None
         if can_decode(weights, config, cache):
             self._decoder = Decoder(weights, config, cache, self._rope)
+        self._graphs: DecodeGraphs | None = None
+        if self._device.type == "cuda" and not eager and weights.waits_for_nothing:
+            self._graphs = DecodeGraphs(self._decode, self._device)
 
     def target(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Hidden states [T, D] after the final norm, of the chunks' tokens one after the other."""
@@ -54,13 +59,35 @@ class Runner:
             tokens += chunk.request.tokens[chunk.start : chunk.start + chunk.num_committed]
             tokens += chunk.drafts
         parts = [Part(one.request.pages, one.start, one.num_tokens) for one in chunks]
-        hidden_TD = self._embed(torch.tensor(tokens, device=self._device))
-        layers = range(self._config.num_hidden_layers)
-        hidden_TD = self._layers(hidden_TD, parts, layers, first=0)
-        hidden_TD = rms_norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
+        hidden_TD = self._replayed(tokens, chunks)
+        if hidden_TD is None:
+            hidden_TD = self._embed(torch.tensor(tokens, device=self._device))
+            layers = range(self._config.num_hidden_layers)
+            hidden_TD = self._final_norm(self._layers(hidden_TD, parts, layers, first=0))
         if len(self._cache.last_hidden_PD):
             self._keep_last_hidden(hidden_TD, parts)
         return hidden_TD
+
+    def _final_norm(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        return rms_norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
+
+    def _decode(self, inputs: Inputs) -> torch.Tensor:
+        """The target over tokens whose places lie on the device."""
+        num_keys = inputs.page_MP.shape[1] * PAGE_TOKENS
+        position_MN = inputs.begin_M1 + torch.arange(inputs.token_MN.shape[1], device=self._device)
+        run = _placed(inputs.page_MP, position_MN, num_keys, start=0, first=0)
+        hidden_TD = self._embed(inputs.token_MN.flatten())
+        layers = range(self._config.num_hidden_layers)
+        return self._final_norm(self._reference(hidden_TD, self._join([run]), layers))
+
+    def _replayed(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> torch.Tensor | None:
+        """A step in which everybody decodes, with equally many drafts."""
+        if self._graphs is None or len({(one.num_committed, one.num_tokens) for one in chunks}) > 1:
+            return None
+        if chunks[0].num_committed > 1:
+            return None
+        begins = [one.start for one in chunks]
+        return self._graphs.run(tokens, begins, [one.request.pages for one in chunks])
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """float32 [N, V]."""
@@ -134,19 +161,16 @@ class Runner:
     ) -> torch.Tensor:
         """``first``: see Run. Sequences do not see each other: few tokens go the fast way."""
         if self._decoder is None:
-            return self._reference(hidden_TD, parts, layers, first)
+            return self._reference(hidden_TD, self._step(parts, first=first), layers)
         few = list(takewhile(lambda part: part.num_tokens <= FEW_QUERIES, parts))
         rows, many, done = sum(part.num_tokens for part in few), parts[len(few) :], []
         if few:
             done.append(self._decoder.run(hidden_TD[:rows], few, layers, first=first))
         if many:
-            done.append(self._reference(hidden_TD[rows:], many, layers, first))
+            done.append(self._reference(hidden_TD[rows:], self._step(many, first=first), layers))
         return torch.cat(done)
 
-    def _reference(
-        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layers: range, first: int
-    ) -> torch.Tensor:
-        step = self._step(parts, first=first)
+    def _reference(self, hidden_TD: torch.Tensor, step: Step, layers: range) -> torch.Tensor:
         selections: Selections = [None] * len(step.runs)
         for layer in layers:
             hidden_TD, selections = cached_layer(
@@ -157,21 +181,22 @@ class Runner:
 
     def _step(self, parts: Sequence[Part], *, first: int) -> Step:
         """Neighbouring parts of one small size make a run; ``first``: see Run."""
-        runs, start = [], 0
-        positions, slots = [], []
+        runs: list[Run] = []
+        start = 0
         for few, group in groupby(
             parts, lambda part: part.num_tokens if part.num_tokens <= FEW_QUERIES else 0
         ):
             members = list(group)
             for own in [members] if few else [[one] for one in members]:
-                run = self._run(own, start, first)
-                start = run.rows.stop
-                runs.append(run)
-                positions.append(run.position_MN.flatten())
-                slots.append(run.slot_MS.gather(1, run.position_MN).flatten())
-        position_T = torch.cat(positions)
+                runs.append(self._run(own, start, first))
+                start = runs[-1].rows.stop
+        return self._join(runs)
+
+    def _join(self, runs: Sequence[Run]) -> Step:
+        position_T = torch.cat([run.position_MN.flatten() for run in runs])
+        slot_T = torch.cat([run.slot_MS.gather(1, run.position_MN).flatten() for run in runs])
         rope = RopeTable(self._rope.cos_PR[position_T], self._rope.sin_PR[position_T])
-        return Step(torch.cat(slots), rope, self._rope, tuple(runs))
+        return Step(slot_T, rope, self._rope, tuple(runs))
 
     def _run(self, parts: Sequence[Part], start: int, first: int) -> Run:
         count = parts[0].num_tokens
@@ -182,13 +207,9 @@ class Runner:
             own = part.pages[:num_pages]
             pages[number, : len(own)] = own
         page_MP = torch.from_numpy(pages).to(self._device)
-        place_S = torch.arange(PAGE_TOKENS, device=self._device)
-        slot_MS = (page_MP.unsqueeze(-1) * PAGE_TOKENS + place_S).flatten(1)
         begin_M1 = torch.tensor([[part.position] for part in parts], device=self._device)
         position_MN = begin_M1 + torch.arange(count, device=self._device)
-        rows = slice(start, start + len(parts) * count)
-        slot_MS = slot_MS[:, first : first + num_keys]
-        return Run(rows, page_MP, slot_MS, position_MN, first)
+        return _placed(page_MP, position_MN, num_keys, start=start, first=first)
 
     def _keep_last_hidden(self, hidden_TD: torch.Tensor, parts: Sequence[Part]) -> None:
         rows, pages, start = [], [], 0
@@ -200,3 +221,13 @@ class Runner:
             start += part.num_tokens
         if rows:
             self._cache.last_hidden_PD[pages] = hidden_TD[rows].float()
+
+
+def _placed(
+    page_MP: torch.Tensor, position_MN: torch.Tensor, num_keys: int, *, start: int, first: int
+) -> Run:
+    """Sequences whose rows of the step begin at ``start``; of each, ``num_keys`` slots."""
+    place_S = torch.arange(PAGE_TOKENS, device=page_MP.device)
+    slot_MS = (page_MP.unsqueeze(-1) * PAGE_TOKENS + place_S).flatten(1)
+    rows = slice(start, start + position_MN.numel())
+    return Run(rows, page_MP, slot_MS[:, first : first + num_keys], position_MN, first)

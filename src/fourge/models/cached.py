@@ -40,6 +40,10 @@ class Cache(Protocol):
         """[c | kr] of slots of any shape: [..., X]."""
         ...
 
+    def latent_rows(self, layer: int) -> torch.Tensor:
+        """[slots, row] as they are kept."""
+        ...
+
     def read_index_keys(self, layer: int, page_MP: torch.Tensor) -> torch.Tensor:
         """float32 [M, tokens of P pages, I]."""
         ...
@@ -153,19 +157,49 @@ def _attend(
     query_TQ: torch.Tensor, run: Run, selection: Selection | torch.Tensor | None, here: _Layer
 ) -> torch.Tensor:
     """Attention output [T, D] of a run's queries."""
-    weights, config, step = here.weights, here.config, here.step
     if isinstance(selection, Selection):
-        key_TKX = here.cache.read_latents(here.number, selection.slot_TK)
-        seen_T1K = selection.seen_TK.unsqueeze(1)
-        rope = step.rope.rows(run.rows)
-        return mla.attend_absorbed(query_TQ, key_TKX, seen_T1K, weights, config, rope)
-    key_MSX = here.cache.read_latents(here.number, run.slot_MS)
+        return _attend_selected(query_TQ, run, selection, here)
+    weights, config, step = here.weights, here.config, here.step
     if not _is_long(run):
-        place_S = torch.arange(key_MSX.shape[1], device=key_MSX.device)
+        place_S = torch.arange(run.slot_MS.shape[1], device=run.slot_MS.device)
         seen_MNS = place_S <= run.position_MN.unsqueeze(-1)
+        if _in_place(here):
+            slot_MNS = run.slot_MS.unsqueeze(1).expand_as(seen_MNS)
+            everything = Selection(slot_MNS.flatten(0, 1), seen_MNS.flatten(0, 1))
+            return _attend_selected(query_TQ, run, everything, here)
+        key_MSX = here.cache.read_latents(here.number, run.slot_MS)
         rope = step.rope.rows(run.rows)
         return mla.attend_absorbed(query_TQ, key_MSX, seen_MNS, weights, config, rope)
+    key_MSX = here.cache.read_latents(here.number, run.slot_MS)
     widths = [config.kv_lora_rank, config.qk_rope_head_dim]
     latents = mla.Latents(query_TQ[None], *key_MSX.to(query_TQ.dtype).split(widths, -1))
     out_MND = mla.attend_naive(latents, weights, config, step.whole_rope, selection)
     return out_MND[0].to(query_TQ.dtype)
+
+
+def _attend_selected(
+    query_TQ: torch.Tensor, run: Run, selection: Selection, here: _Layer
+) -> torch.Tensor:
+    weights, config, rope = here.weights, here.config, here.step.rope.rows(run.rows)
+    if not _in_place(here):
+        key_TKX = here.cache.read_latents(here.number, selection.slot_TK)
+        seen_T1K = selection.seen_TK.unsqueeze(1)
+        return mla.attend_absorbed(query_TQ, key_TKX, seen_T1K, weights, config, rope)
+    from fourge.models.kernels import gpu_attention
+
+    query_THX = mla.absorb(query_TQ, weights, config, rope, torch.bfloat16)
+    mixed_THC = gpu_attention.attend_rows(
+        query_THX, here.cache.latent_rows(here.number), *selection, mla.softmax_scale(config),
+        config.kv_lora_rank,
+    )  # fmt: skip
+    return mla.project_out(mixed_THC, weights, config, query_TQ.dtype)
+
+
+def _in_place(here: _Layer) -> bool:
+    """Whether few queries read the cache where it lies, in a kernel."""
+    rows = here.cache.latent_rows(here.number)
+    if not rows.is_cuda:
+        return False
+    from fourge.models.kernels import gpu_attention
+
+    return gpu_attention.can_attend(rows, here.config.kv_lora_rank)

@@ -104,27 +104,69 @@ def attend_absorbed(
     that are True in ``seen_MNS``. ``rope`` holds the queries' T positions. Computes in the keys'
     dtype, the softmax in float32; returns [T, D] in the queries' dtype.
     """
+    query_THX = absorb(query_TQ, weights, config, rope, key_MSX.dtype)
+    mixed_THC = mix(query_THX, key_MSX, seen_MNS, softmax_scale(config), config.kv_lora_rank)
+    return project_out(mixed_THC, weights, config, query_TQ.dtype)
+
+
+def absorb(
+    query_TQ: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    rope: RopeTable,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Queries x_h [T, H, X] in ``dtype``; ``rope`` holds their T positions."""
     num_heads, nope = config.num_attention_heads, config.qk_nope_head_dim
     name = "q_proj" if config.q_lora_rank is None else "q_b_proj"
     query_THK = linear(query_TQ, weights[f"self_attn.{name}.weight"])
-    query_THK = query_THK.unflatten(-1, (num_heads, config.qk_head_dim)).to(key_MSX.dtype)
-    joint_HOC = weights["self_attn.kv_b_proj.weight"].unflatten(0, (num_heads, -1))
-    joint_HOC = joint_HOC.to(key_MSX.dtype)
+    query_THK = query_THK.unflatten(-1, (num_heads, config.qk_head_dim)).to(dtype)
+    joint_HOC = _joint(weights, config, dtype)
     absorbed_HTC = torch.bmm(query_THK[..., :nope].transpose(0, 1), joint_HOC[:, :nope])
     rotated_THR = rotate(query_THK[..., nope:], rope.for_heads(), interleave=config.rope_interleave)
-    query_THX = torch.cat([absorbed_HTC.transpose(0, 1), rotated_THR], -1)
+    return torch.cat([absorbed_HTC.transpose(0, 1), rotated_THR], -1)
+
+
+def mix(
+    query_THX: torch.Tensor, key_MSX: torch.Tensor, seen_MNS: torch.Tensor, scale: float,
+    latent: int,
+) -> torch.Tensor:  # fmt: skip
+    """softmax(scale x_h [c | kr]^T) c of absorbed queries: [T, H, C] with C = ``latent``."""
     count, per_row = seen_MNS.shape[:2]
+    num_heads = query_THX.shape[1]
     query_MAX = query_THX.view(count, per_row * num_heads, -1)
-    scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope)
     score_MAS = torch.bmm(query_MAX, key_MSX.mT).float().mul_(scale)
     score_MNHS = score_MAS.view(count, per_row, num_heads, -1)
     score_MNHS.masked_fill_(~seen_MNS.unsqueeze(2), -torch.inf)
     share_MAS = score_MNHS.softmax(-1).to(key_MSX.dtype).view_as(score_MAS)
-    mixed_MAC = torch.bmm(share_MAS, key_MSX[..., : config.kv_lora_rank])
-    mixed_HTC = mixed_MAC.view(count * per_row, num_heads, -1).transpose(0, 1)
-    out_HTV = torch.bmm(mixed_HTC, joint_HOC[:, nope:].mT)
-    out_TX = out_HTV.transpose(0, 1).flatten(1).to(query_TQ.dtype)
+    mixed_MAC = torch.bmm(share_MAS, key_MSX[..., :latent])
+    return mixed_MAC.view(count * per_row, num_heads, -1)
+
+
+def project_out(
+    mixed_THC: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Attention output [T, D] in ``dtype`` of what absorbed heads have mixed."""
+    joint_HOC = _joint(weights, config, mixed_THC.dtype)
+    out_HTV = torch.bmm(mixed_THC.transpose(0, 1), joint_HOC[:, config.qk_nope_head_dim :].mT)
+    out_TX = out_HTV.transpose(0, 1).flatten(1).to(dtype)
     return linear(out_TX, weights["self_attn.o_proj.weight"])
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """s, what scores are multiplied by."""
+    return config.qk_head_dim**-0.5 * softmax_factor(config.rope)
+
+
+def _joint(
+    weights: Mapping[str, torch.Tensor], config: ModelConfig, dtype: torch.dtype
+) -> torch.Tensor:
+    """[Wuk_h | Wuv_h], [H, key and value rows, C]."""
+    joint_AC = weights["self_attn.kv_b_proj.weight"]
+    return joint_AC.unflatten(0, (config.num_attention_heads, -1)).to(dtype)
 
 
 def _attend_heads(
@@ -137,7 +179,7 @@ def _attend_heads(
     """Attended values [M, G, L, V] of a group of heads, one chunk of queries at a time."""
     count, heads, length = query_MGLK.shape[:3]
     total, width = value_MGLV.shape[2:]
-    scale = config.qk_head_dim**-0.5 * softmax_factor(config.rope)
+    scale = softmax_scale(config)
     attended_MGLV = value_MGLV.new_empty(count, length, heads, width).transpose(1, 2)
     value_MGLK = _widen(value_MGLV, query_MGLK.shape[-1])
     for rows in chunks.slices(length, chunks.attention_queries(config, count, total)):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP, PROJECTIONS
 from fourge.formats import kernels
+from fourge.formats.nvfp4 import NVFP4Tensor
 from fourge.models import chunks
 from fourge.models.config import ModelConfig
 from fourge.models.linear import linear, weight_of
@@ -126,8 +127,14 @@ def run_experts(
 
 def run_fused_experts(routed: Routed, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What ``routed.acc_TD`` becomes with all experts added, float32: run_experts for few tokens,
-    in one product of all experts. ``weights`` hold them fused, gate rows before up rows.
+    in one product of all experts. ``weights`` hold them fused, gate rows before up rows: in the
+    compute dtype, or on a GPU as NVFP4 codes with ``_scale`` and ``_scale_2`` beside them.
     """
+    if f"{FUSED_GATE_UP}_scale" in weights:
+        from fourge.models.kernels import gpu_experts
+
+        stacks = (_stack(weights, name) for name in (FUSED_GATE_UP, FUSED_DOWN))
+        return routed.acc_TD + gpu_experts.run_experts(*routed[:3], *stacks)
     num_choices = routed.experts_TK.shape[1]
     gate_up_EOD, down_EDI = weights[FUSED_GATE_UP], weights[FUSED_DOWN]
     expert_S, order_S = routed.experts_TK.flatten().sort(stable=True)
@@ -139,6 +146,10 @@ def run_fused_experts(routed: Routed, weights: Mapping[str, torch.Tensor]) -> to
     y_SD = F.grouped_mm(F.silu(gate_SI).mul_(up_SI), down_EDI.mT, offs=end_E).float()
     y_SD.mul_(routed.gates_TK.flatten()[order_S, None])
     return routed.acc_TD.index_add(0, tokens_S, y_SD)
+
+
+def _stack(weights: Mapping[str, torch.Tensor], name: str) -> NVFP4Tensor:
+    return NVFP4Tensor(weights[name], weights[f"{name}_scale"], weights[f"{name}_scale_2"])
 
 
 def _choose(

@@ -1,4 +1,4 @@
-"""NVFP4 on one CUDA device, in Triton; bit for bit nvfp4.py. The only file that imports triton.
+"""NVFP4 on one CUDA device, in Triton; bit for bit nvfp4.py.
 
 Rounding is IEEE by construction: tl.div_rn (plain / compiles to the approximate div.full.f32),
 no multiplication that meets an addition (no fused multiply-add), and integer arithmetic for

@@ -1,0 +1,296 @@
+"""How fast a GPU decodes with GLM-5.1's layers: kernels against memory bandwidth, whole steps.
+
+    python benchmarks/engine_gpu.py [--layers 4] [--context 8192] [--out FILE]
+
+Random weights of GLM-5.1's real shapes: layers (the first one dense, the others of 256 NVFP4
+experts, 5.4 GB each), embedding and head. Needs 45 GB of device memory with 4 layers, or 3 GB more
+than one layer of BF16 experts (19 GB) for the comparison, whichever is larger. Writes one JSON
+document:
+
+copy       bytes per second of a large copy, read and written: the bandwidth that floors come from
+experts    one layer's routed experts: packed, and BF16 through torch's grouped product
+attention  2048 chosen rows a query, 64 heads, where they lie; BF16 and FP8 rows
+steps      decode steps of the stack with head and argmax: tokens/s, with CUDA graphs and without
+
+A floor is the bytes that must be read once, over the bandwidth. Kernel times are of CUDA graphs of
+several calls that read different experts or rows, so that caches do not help.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from packer import commit, machine
+
+from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP
+from fourge.engine.cache import PagedCache
+from fourge.engine.loader import Loaded
+from fourge.engine.request import Chunk
+from fourge.engine.runner import Runner
+from fourge.formats.cache_rows import PAGE_TOKENS, latent_row_bytes
+from fourge.formats.layout import packed_shape, scale_shape
+from fourge.models.config import ModelConfig, from_dict
+from fourge.models.kernels import gpu_attention
+from fourge.models.moe import Routed, run_fused_experts
+from fourge.models.tensors import layer_shapes, projection_shape
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+BATCHES = (1, 8, 32)
+CALLS = 8  # in a graph
+FLOAT32 = ("self_attn.indexer.weights_proj.", "self_attn.indexer.k_norm.", "mlp.gate.")
+
+Weights = dict[str, torch.Tensor]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Decoding with GLM-5.1's layers on one GPU.")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--out", type=Path, help="file of the JSON document; else stdout")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    config = glm(options.layers)
+    with torch.inference_mode():
+        copy = copy_bandwidth()
+        layer = random_layer(config, 1)
+        report = {
+            "benchmark": "engine_gpu",
+            "commit": commit(),
+            "command": ["benchmarks/engine_gpu.py", *sys.argv[1:]],
+            "machine": machine("cuda"),
+            "copy_bytes_per_s": copy,
+            "experts": [experts(config, layer, tokens, copy) for tokens in (*BATCHES, 2048)],
+            "attention": [
+                attention(config, tokens, kind, copy)
+                for kind in ("bf16", "fp8")
+                for tokens in BATCHES
+            ],
+        }
+        add_grouped_product(config, report["experts"])
+        report["steps"] = steps(config, layer, options.context)
+    report["peak_device_bytes"] = torch.cuda.max_memory_allocated()
+    text = json.dumps(report, indent=1) + "\n"
+    if options.out:
+        options.out.write_text(text)
+    else:
+        print(text)
+
+
+def glm(num_layers: int) -> ModelConfig:
+    """GLM-5.1 with fewer layers."""
+    sys.path.append(str(REPOSITORY / "tests"))
+    from random_checkpoint import published_config
+
+    return from_dict(
+        published_config(
+            num_hidden_layers=num_layers, first_k_dense_replace=1, num_nextn_predict_layers=0,
+            hidden_size=6144, intermediate_size=12288, moe_intermediate_size=2048,
+            n_routed_experts=256, num_experts_per_tok=8, num_attention_heads=64,
+            num_key_value_heads=64, q_lora_rank=2048, kv_lora_rank=512, qk_nope_head_dim=192,
+            qk_rope_head_dim=64, v_head_dim=256, index_topk=2048, index_n_heads=32,
+            index_head_dim=128, vocab_size=154880, max_position_embeddings=202752,
+        )
+    )  # fmt: skip
+
+
+def random_layer(config: ModelConfig, layer: int) -> Weights:
+    """As engine/loader.py lays a layer out on a GPU."""
+    weights: Weights = {}
+    for name, shape in layer_shapes(config, layer).items():
+        if name.startswith("mlp.experts."):
+            continue
+        dtype = torch.float32 if name.startswith(FLOAT32) else torch.bfloat16
+        weights[name] = torch.randn(shape, device="cuda", dtype=dtype).mul_(shape[-1] ** -0.5)
+        if "norm" in name:
+            weights[name].fill_(1)
+    if config.is_sparse(layer):
+        rows, columns = projection_shape(config, "gate_proj")
+        for name, shape, scalars in (
+            (FUSED_GATE_UP, (2 * rows, columns), (2,)),
+            (FUSED_DOWN, (columns, rows), ()),
+        ):
+            weights |= random_stack(name, config.n_routed_experts, shape, scalars)
+    return weights
+
+
+def random_stack(
+    name: str, count: int, shape: tuple[int, int], scalars: tuple[int, ...]
+) -> Weights:
+    kind: dict[str, Any] = {"device": "cuda", "dtype": torch.uint8}
+    scale = torch.randint(96, 120, (count, *scale_shape(shape)), **kind)  # 16 to 120
+    return {
+        name: torch.randint(256, (count, *packed_shape(shape)), **kind),
+        f"{name}_scale": scale.view(torch.float8_e4m3fn),
+        f"{name}_scale_2": torch.full((count, *scalars), shape[1] ** -0.5 / 150, device="cuda"),
+    }
+
+
+def copy_bandwidth() -> float:
+    source = torch.randint(256, (1 << 31,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median(sampled(lambda: target.copy_(source)))
+
+
+def sampled(work: Callable[[], object], rounds: int = 21) -> list[float]:
+    """Seconds on the device."""
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(rounds):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return times
+
+
+def median(samples: list[float]) -> float:
+    return statistics.median(samples)
+
+
+def per_call(work: Callable[[int], object]) -> list[float]:
+    """Seconds of one of CALLS calls in a graph."""
+    for call in range(CALLS):
+        work(call)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in range(CALLS):
+            work(call)
+    return [one / CALLS for one in sampled(graph.replay)]
+
+
+def random_routed(config: ModelConfig, tokens: int) -> list[Routed]:
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    kind: dict[str, Any] = {"device": "cuda", "generator": generator}
+    size, count = config.hidden_size, config.num_experts_per_tok
+    return [
+        Routed(
+            torch.randn(tokens, size, **kind).bfloat16(),
+            torch.rand(tokens, config.n_routed_experts, **kind).topk(count).indices,
+            torch.rand(tokens, count, **kind),
+            torch.zeros(tokens, size, device="cuda"),
+        )
+        for _ in range(CALLS)
+    ]
+
+
+def experts(config: ModelConfig, layer: Weights, tokens: int, copy: float) -> dict[str, Any]:
+    routed = random_routed(config, tokens)
+    samples = per_call(lambda call: run_fused_experts(routed[call], layer))
+    active = statistics.mean(one.experts_TK.unique().numel() for one in routed)
+    floor = active * 3 * config.hidden_size * config.moe_intermediate_size * 0.5625 / copy
+    return {
+        "tokens": tokens,
+        "experts_read": active,
+        "seconds": median(samples),
+        "floor_s": floor,
+        "of_floor": floor / median(samples),
+        "samples_s": samples,
+    }
+
+
+def add_grouped_product(config: ModelConfig, reports: list[dict[str, Any]]) -> None:
+    """Seconds of the same with BF16 weights."""
+    rows, columns = projection_shape(config, "gate_proj")
+    count, kind = config.n_routed_experts, {"device": "cuda", "dtype": torch.bfloat16}
+    weights = {
+        FUSED_GATE_UP: torch.randn(count, 2 * rows, columns, **kind).mul_(columns**-0.5),
+        FUSED_DOWN: torch.randn(count, columns, rows, **kind).mul_(rows**-0.5),
+    }
+    for report in reports:
+        routed = random_routed(config, report["tokens"])
+        samples = per_call(lambda call, routed=routed: run_fused_experts(routed[call], weights))
+        report |= {"bf16_seconds": median(samples), "bf16_samples_s": samples}
+        report["bf16_over_packed"] = report["bf16_seconds"] / report["seconds"]
+
+
+def attention(config: ModelConfig, tokens: int, kind: str, copy: float) -> dict[str, Any]:
+    latent, rotated, chosen = config.kv_lora_rank, config.qk_rope_head_dim, config.index_topk
+    num_slots = 1 << 19
+    rows = torch.randn(num_slots, latent + rotated, device="cuda", dtype=torch.bfloat16)
+    if kind == "fp8":
+        row = latent_row_bytes(latent, rotated)
+        rows = torch.randint(1, 60, (num_slots, row), device="cuda", dtype=torch.uint8)
+    query = torch.randn(
+        tokens, config.num_attention_heads, latent + rotated, device="cuda", dtype=torch.bfloat16
+    )
+    slots = torch.randint(num_slots, (CALLS, tokens, chosen), device="cuda")
+    seen = torch.ones(tokens, chosen, dtype=torch.bool, device="cuda")
+    samples = per_call(
+        lambda call: gpu_attention.attend_rows(query, rows, slots[call], seen, 0.06, latent)
+    )
+    floor = tokens * chosen * rows.shape[1] * rows.element_size() / copy
+    return {
+        "rows": kind,
+        "queries": tokens,
+        "seconds": median(samples),
+        "floor_s": floor,
+        "samples_s": samples,
+    }
+
+
+def steps(config: ModelConfig, sparse: Weights, context: int) -> list[dict[str, Any]]:
+    size, vocab = config.hidden_size, config.vocab_size
+    kind: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+    others = [random_layer(config, layer) for layer in range(2, config.num_hidden_layers)]
+    weights = Loaded(
+        torch.randn(vocab, size, **kind),
+        torch.ones(size, **kind),
+        torch.randn(vocab, size, **kind).mul_(size**-0.5),
+        (random_layer(config, 0), sparse, *others),
+        "packed",
+    )
+    pages = -(-(context + 1) // PAGE_TOKENS)
+    cache = PagedCache(
+        config, kind="bf16", num_pages=1 + pages * max(BATCHES), mtp=False,
+        device=torch.device("cuda"),
+    )  # fmt: skip
+    results = []
+    for eager in (True, False):
+        runner = Runner(
+            weights, config, cache, dtype=torch.bfloat16, num_positions=context + 64, eager=eager
+        )
+        for batch in BATCHES:
+            samples = sampled(decode_step(runner, batch, context, pages))
+            results.append(
+                {
+                    "graphs": not eager,
+                    "batch": batch,
+                    "context": context,
+                    "layers": config.num_hidden_layers,
+                    "step_s": median(samples),
+                    "tokens_per_s": batch / median(samples),
+                    "samples_s": samples,
+                }
+            )
+    return results
+
+
+def decode_step(runner: Runner, batch: int, context: int, pages: int) -> Callable[[], object]:
+    """A step of ``batch`` sequences of ``context`` tokens each, of ever other last tokens."""
+    chunks = []
+    for number in range(batch):
+        own = list(range(1 + number * pages, 1 + (number + 1) * pages))
+        request: Any = SimpleNamespace(tokens=[0] * (context + 1), pages=own)
+        chunks.append(Chunk(request, context, 1, (), True))
+    generator = torch.Generator().manual_seed(batch)
+
+    def step() -> torch.Tensor:
+        for chunk in chunks:
+            chunk.request.tokens[-1] = int(torch.randint(150000, (), generator=generator))
+        return runner.logits(runner.target(chunks)).argmax(-1).cpu()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Decode steps as CUDA graphs: one launch in place of some forty a layer.
+
+A graph takes fixed numbers of sequences and of pages; a step is filled up to the next ones with
+sequences at position 0 of nobody's page. A graph is captured when a step first needs it, and all
+of them share their memory. Steps over so many keys that the device is busy longer than launching
+takes are left to the caller.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from fourge.engine.pages import NOBODY
+from fourge.formats.cache_rows import PAGE_TOKENS
+from fourge.models.cached import FEW_QUERIES
+
+# M sequences, N new tokens of each, P pages of each, D hidden
+
+LEAST_PAGES = 32
+MOST_KEYS = 1 << 18  # of all sequences, those of filled up pages included
+
+
+class Inputs(NamedTuple):
+    """What differs from step to step, int64."""
+
+    token_MN: torch.Tensor
+    begin_M1: torch.Tensor  # position of the first new token
+    page_MP: torch.Tensor
+
+
+class _Captured(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs
+    hidden: torch.Tensor
+
+
+class DecodeGraphs:
+    """Runs ``forward``, which makes hidden states [M * N, D] of Inputs and waits for nothing."""
+
+    def __init__(self, forward: Callable[[Inputs], torch.Tensor], device: torch.device) -> None:
+        self._forward, self._device = forward, device
+        self._captured: dict[tuple[int, int, int], _Captured] = {}
+
+    def run(
+        self, tokens: Sequence[int], begins: Sequence[int], pages: Sequence[Sequence[int]]
+    ) -> torch.Tensor | None:
+        """Hidden states [T, D] of sequences that bring equally many tokens; None: too much."""
+        count = len(tokens) // len(begins)
+        shape = _filled_up(len(begins), max(begins) + count)
+        if count > FEW_QUERIES or shape[0] * shape[1] * PAGE_TOKENS > MOST_KEYS:
+            return None
+        captured = self._captured.get((*shape, count)) or self._capture(*shape, count)
+        page_MP = np.full(shape, NOBODY, dtype=np.int64)
+        for row, own in zip(page_MP, pages, strict=False):
+            own = own[: shape[1]]
+            row[: len(own)] = own
+        num_rows = len(begins)
+        captured.inputs.token_MN[:num_rows] = torch.tensor(tokens).view(num_rows, count)
+        captured.inputs.begin_M1.zero_()
+        captured.inputs.begin_M1[:num_rows, 0] = torch.tensor(begins)
+        captured.inputs.page_MP.copy_(torch.from_numpy(page_MP))
+        captured.graph.replay()
+        return captured.hidden[: len(tokens)].clone()
+
+    def _capture(self, num_sequences: int, num_pages: int, count: int) -> _Captured:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=self._device)
+
+        inputs = Inputs(
+            zeros(num_sequences, count), zeros(num_sequences, 1), zeros(num_sequences, num_pages)
+        )
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):  # what is set up at a first call cannot be captured
+            self._forward(inputs)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        others = list(self._captured.values())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=others[0].graph.pool() if others else None):
+            hidden = self._forward(inputs)
+        captured = _Captured(graph, inputs, hidden)
+        self._captured[num_sequences, num_pages, count] = captured
+        return captured
+
+
+def _filled_up(num_sequences: int, num_positions: int) -> tuple[int, int]:
+    """Sequences and pages of the graph for these: powers of two."""
+    num_pages = max(LEAST_PAGES, -(-num_positions // PAGE_TOKENS))
+    return 1 << (num_sequences - 1).bit_length(), 1 << (num_pages - 1).bit_length()

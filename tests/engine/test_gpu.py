@@ -1,0 +1,101 @@
+"""The engine on a GPU, with packed experts and CUDA graphs, against float32 on the CPU."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine_models import SMALL, greedy, pack_experts, random_tokens, serve
+from fourge.engine.engine import Engine
+from fourge.engine.request import Request
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+GPU = SMALL | {"device": "cuda"}
+VOCAB = 2000
+# index_topk of the example is 64; contexts below it and several times above.
+PROMPTS = [random_tokens(length, length, VOCAB) for length in (5, 40, 150, 300)]
+
+
+@pytest.fixture(scope="module")
+def packed(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_experts(tiny_glm, tmp_path_factory.mktemp("packed") / "model", lambda *_: True)
+
+
+def decoded(engine: Engine, **changes: Any) -> list[Request]:
+    """Greedy text of all prompts, with its log probabilities."""
+    return serve(engine, PROMPTS, greedy(logprobs=0, max_tokens=24, **changes))
+
+
+def distance(requests: list[Request], exact: Engine) -> float:
+    """Mean distance of their log probabilities to those of ``exact`` for the same tokens."""
+    wanted = greedy(max_tokens=1, prompt_logprobs=0)
+    again = serve(exact, [one.tokens for one in requests], wanted)
+    total, count = 0.0, 0
+    for request, whole in zip(requests, again, strict=True):
+        known = whole.prompt_logprobs[request.num_prompt :]
+        for mine, theirs in zip(request.logprobs, known, strict=True):
+            assert theirs is not None
+            total, count = total + abs(mine.logprob - theirs.logprob), count + 1
+    return total / count
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("eager", [True, False])
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_what_is_decoded_is_what_the_model_says(
+    packed: Path, kind: str, eager: bool, drafts: int
+) -> None:
+    options: dict[str, Any] = {"enforce_eager": eager, "num_speculative_tokens": drafts}
+    engine = Engine(packed, **GPU, kv_cache_dtype=kind, **options)
+    assert engine.experts == "packed"
+    assert 0 < distance(decoded(engine), Engine(packed, **SMALL)) < 0.1
+    graphs = engine._runner._graphs
+    assert (graphs is None) == eager
+    if graphs is not None:
+        assert {count for _, _, count in graphs._captured} >= {1 + drafts}
+
+
+def test_graphs_of_any_company_give_what_eager_steps_give(packed: Path) -> None:
+    """Sequences that end at different times: graphs of 4, 2 and 1 of them, some filled up."""
+    exact = Engine(packed, **SMALL)
+    engine = Engine(packed, **GPU)
+    lengths = [greedy(logprobs=0, max_tokens=count) for count in (9, 14, 21, 30)]
+    for _ in range(2):  # the second time, all graphs are there
+        assert distance(serve(engine, PROMPTS, lengths), exact) < 0.1
+    graphs = engine._runner._graphs
+    assert graphs is not None
+    assert {shape[0] for shape in graphs._captured} == {1, 2, 4}
+
+
+def test_layers_of_either_kind_of_experts_and_of_both(tiny_glm: Path, tmp_path: Path) -> None:
+    """A layer that holds both kinds is kept as stored; such a model has no graphs."""
+    ways = {"either": lambda layer, _: layer < 3, "both": lambda _, expert: expert < 9}
+    for name, chosen in ways.items():
+        folder = pack_experts(tiny_glm, tmp_path / name, chosen)
+        engine = Engine(folder, **GPU)
+        assert (engine._runner._graphs is None) == (name == "both")
+        assert distance(decoded(engine), Engine(folder, **SMALL)) < 0.1
+
+
+def test_without_packed_experts_and_in_float32(tiny_glm: Path, packed: Path) -> None:
+    engine = Engine(tiny_glm, **GPU)
+    assert distance(decoded(engine), Engine(tiny_glm, **SMALL)) < 0.1
+    precise = Engine(packed, **GPU, dtype="float32")
+    assert precise._runner._graphs is None
+    assert distance(decoded(precise), Engine(packed, **SMALL)) < 1e-2
+
+
+def test_memory_returns_after_many_requests(packed: Path) -> None:
+    engine = Engine(packed, **GPU)
+    decoded(engine)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        decoded(engine)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() <= before

@@ -1,8 +1,8 @@
 """A decoder layer over few new tokens, on the CPU in float32: the fast twin of cached.py.
 
-Dense products that read the same input are one product of weights laid one below the other; what
-lies between them is kernels/decode.py. Every token is attended by itself, so sequences may bring
-any number of tokens.
+Dense products that read the same input are one product of weights laid side by side; what lies
+between them is kernels/decode.py and routing.py. Every token is attended by itself, so sequences
+may bring any number of tokens.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ import torch
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP
 from fourge.models.config import ModelConfig
 from fourge.models.kernels import decode as kernels
+from fourge.models.kernels import routing
 from fourge.models.rope import softmax_factor
 
 # T new tokens, S sequences, P pages of the longest, Z slots of the cache, D hidden, A columns of a
@@ -197,7 +198,7 @@ def _choose_experts(
 ) -> tuple[Array, Array]:
     shape = len(joint_TA), config.num_experts_per_tok
     expert_TK, gate_TK = np.empty(shape, np.int64), np.empty(shape, np.float32)
-    kernels.choose_experts(
+    routing.choose_experts(
         joint_TA, weights.router_bias, config.n_group, config.topk_group, config.norm_topk_prob,
         np.float32(config.routed_scaling_factor), expert_TK, gate_TK,
     )  # fmt: skip

@@ -2,9 +2,10 @@
 
 A step of few tokens through a small model is bound by the number of calls, not by arithmetic; one
 call here stands for some twenty of torch. The dense products stay torch's. References: norm.py,
-rope.py, dsa.project and dsa.select_cached, mla.attend_absorbed, moe.route and
+rope.py, dsa.project and dsa.select_cached, mla.attend_absorbed and
 moe.run_fused_experts, to which sums agree but for their order (tests state the tolerance).
-Releases the GIL. Compiled at the first import (12 s) and cached as formats/kernels/cpu.py is.
+Releases the GIL. Compiled at the first import (12 s) and cached as formats/kernels/cpu.py is; numba
+looks at this file alone to see whether that is still right, so kernels import no kernels.
 
 Array suffixes: T tokens, D hidden, A columns of a joint product, Q query latent, C key-value
 latent, R rotated numbers (tables: R / 2), X = C + R, I index head size or, of experts, intermediate
@@ -16,14 +17,19 @@ positions, or pages of a sequence.
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import boolean, float32, int64, njit, void
 
 Array = np.ndarray[Any, Any]
 
 f32, u32, i32, i64 = np.float32, np.uint32, np.int32, np.int64
 
+F1, F2, F3 = float32[::1], float32[:, ::1], float32[:, :, ::1]
+I1, I2 = int64[::1], int64[:, ::1]
+
 # Sums may be reordered and fused, so that they vectorise; a NaN stays one.
 SUMS = {"reassoc", "contract", "nsz"}
+PLAIN: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy"}
+SUMMING: dict[str, Any] = PLAIN | {"fastmath": SUMS}
 PAGE_BITS = 6
 PAGE = 1 << PAGE_BITS
 KEY_NORM_EPS = f32(1e-6)
@@ -107,13 +113,7 @@ def _up_to_4(number: int) -> int:
     return (number + 3) // 4 * 4
 
 
-@njit(
-    "void(float32[:, ::1], float32[:, ::1], float32[::1], float32, float32[:, ::1])",
-    nogil=True,
-    cache=True,
-    fastmath=SUMS,
-    error_model="numpy",
-)
+@njit(void(F2, F2, F1, float32, F2), **SUMMING)
 def add_and_norm(
     hidden_TD: Array, addend_TD: Array, weight_D: Array, eps: np.float32, x_TD: Array
 ) -> None:
@@ -138,15 +138,7 @@ def _layer_norm(x_A: Array, start: int, weight_I: Array, bias_I: Array, out_I: A
         out_I[i] = (x_A[start + i] - mean) * scale * weight_I[i] + bias_I[i]
 
 
-@njit(
-    "void(float32[:, ::1], float32[::1], float32[::1], float32, float32[::1], float32[::1],"
-    "int64[::1], float32[:, ::1], float32[:, ::1], boolean, boolean, int64[::1], float32[:, ::1],"
-    "float32[:, ::1], float32[:, ::1])",
-    nogil=True,
-    cache=True,
-    fastmath=SUMS,
-    error_model="numpy",
-)
+@njit(void(F2, F1, F1, float32, F1, F1, I1, F2, F2, boolean, boolean, I1, F2, F2, F2), **SUMMING)
 def keep(
     joint_TA: Array, query_norm_Q: Array, latent_norm_C: Array, eps: np.float32,
     key_norm_I: Array, key_bias_I: Array, position_T: Array, cos_PR: Array, sin_PR: Array,
@@ -224,15 +216,7 @@ def _largest(bits_P: Array, count: int, wanted: int, some_P: Array, chosen_K: Ar
         count = int(left)
 
 
-@njit(
-    "void(float32[:, ::1], int64, float32[:, ::1], int64, int64[::1], float32[:, ::1],"
-    "float32[:, ::1], boolean, int64[::1], int64[:, ::1], int64, float32[:, ::1], int64,"
-    "int64[:, ::1], int64[::1])",
-    nogil=True,
-    cache=True,
-    fastmath=SUMS,
-    error_model="numpy",
-)
+@njit(void(F2, int64, F2, int64, I1, F2, F2, boolean, I1, I2, int64, F2, int64, I2, I1), **SUMMING)
 def select(
     query_TA: Array, first_query: int, joint_TA: Array, first_weight: int, position_T: Array,
     cos_PR: Array, sin_PR: Array, interleave: bool,
@@ -297,14 +281,7 @@ def _softmax(score: Array, row: int, count: int, scale: np.float32) -> None:
         score[row, k] = f32(0.0)
 
 
-@njit(
-    "void(float32[:, ::1], int64[::1], float32[:, ::1], float32[:, ::1], boolean, int64[:, ::1],"
-    "int64[::1], float32[:, ::1], float32[:, ::1], int64, float32, float32[:, ::1])",
-    nogil=True,
-    cache=True,
-    fastmath=SUMS,
-    error_model="numpy",
-)
+@njit(void(F2, I1, F2, F2, boolean, I2, I1, F2, F2, int64, float32, F2), **SUMMING)
 def attend(
     query_TA: Array, position_T: Array, cos_PR: Array, sin_PR: Array, interleave: bool,
     slot_TK: Array, count_T: Array, latents_ZX: Array, joint_OC: Array, heads: int,
@@ -355,7 +332,7 @@ def _silu(x: np.float32) -> np.float32:
     return f32(x / (f32(1.0) + _exp(-x)))
 
 
-@njit("void(float32[:, ::1], int64, float32[:, ::1])", nogil=True, cache=True, error_model="numpy")
+@njit(void(F2, int64, F2), **PLAIN)
 def silu_times(joint_TA: Array, first: int, inner_TI: Array) -> None:
     """silu(gate) * up of columns [gate | up] from ``first`` on."""
     size = inner_TI.shape[1]
@@ -365,74 +342,7 @@ def silu_times(joint_TA: Array, first: int, inner_TI: Array) -> None:
             inner_TI[t, i] = _silu(gate) * up
 
 
-@njit(error_model="numpy")
-def _keep_best_groups(choice_E: Array, group: int, keep: int) -> None:
-    """-inf for the experts of all groups but the ``keep`` best; two best experts are its worth."""
-    number = choice_E.size // group
-    worth = np.empty(number, f32)
-    for g in range(number):
-        first, second = f32(-np.inf), f32(-np.inf)
-        for e in range(g * group, (g + 1) * group):
-            if choice_E[e] > first:
-                first, second = choice_E[e], first
-            elif choice_E[e] > second:
-                second = choice_E[e]
-        worth[g] = first + second
-    for _ in range(number - keep):
-        least = -1
-        for g in range(number):
-            if worth[g] < f32(np.inf) and (least < 0 or worth[g] <= worth[least]):
-                least = g
-        if least >= 0:
-            worth[least] = f32(np.inf)
-            choice_E[least * group : (least + 1) * group] = f32(-np.inf)
-
-
-@njit(
-    "void(float32[:, ::1], float32[::1], int64, int64, boolean, float32, int64[:, ::1],"
-    "float32[:, ::1])",
-    nogil=True,
-    cache=True,
-    error_model="numpy",
-)
-def choose_experts(
-    joint_TA: Array, bias_E: Array, groups: int, keep: int, normed: bool, factor: np.float32,
-    expert_TK: Array, gate_TK: Array,
-) -> None:  # fmt: skip
-    """Experts and gates of each token, from router logits in the first columns."""
-    number, wanted = bias_E.size, expert_TK.shape[1]
-    score_E, choice_E = np.empty(number, f32), np.empty(number, f32)
-    free_E = np.empty(number, np.bool_)
-    for t in range(joint_TA.shape[0]):
-        for e in range(number):
-            score_E[e] = f32(f32(1.0) / (f32(1.0) + _exp(-joint_TA[t, e])))
-            choice_E[e] = score_E[e] + bias_E[e]
-            free_E[e] = True
-        if groups > 1:
-            _keep_best_groups(choice_E, number // groups, keep)
-        total = f32(0.0)
-        for k in range(wanted):
-            best = -1
-            for e in range(number):
-                if free_E[e] and (best < 0 or choice_E[e] > choice_E[best]):
-                    best = e
-            free_E[best] = False
-            expert_TK[t, k], gate_TK[t, k] = best, score_E[best]
-            total += score_E[best]
-        for k in range(wanted):
-            if normed:
-                gate_TK[t, k] /= total + f32(1e-20)
-            gate_TK[t, k] *= factor
-
-
-@njit(
-    "void(float32[:, ::1], int64[:, ::1], float32[:, ::1], float32[:, :, ::1], float32[:, :, ::1],"
-    "float32[:, ::1])",
-    nogil=True,
-    cache=True,
-    fastmath=SUMS,
-    error_model="numpy",
-)
+@njit(void(F2, I2, F2, F3, F3, F2), **SUMMING)
 def add_experts(
     x_TD: Array, expert_TK: Array, gate_TK: Array, gate_up_EOD: Array, down_EDI: Array,
     hidden_TD: Array,

@@ -1,4 +1,4 @@
-"""The Triton kernels of experts and attention against the readable formulas, in float32."""
+"""Experts, attention and indexer in Triton against the readable formulas in float32."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import torch
 
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP, expert_suffix
 from fourge.formats import cache_rows
-from fourge.models import mla
+from fourge.models import dsa, mla
 from fourge.models.moe import Routed, run_experts, run_fused_experts
 
 pytestmark = [
@@ -136,12 +136,18 @@ ATTENTION = [
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("shape", ATTENTION)
 def test_attention_in_place_is_that_over_copied_rows(
-    shape: tuple[int, int, int, int, int], kind: str
+    shape: tuple[int, int, int, int, int],
+    large: bool,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from fourge.models.kernels import gpu_attention
 
+    if not large:
+        monkeypatch.setattr(gpu_attention, "LARGE", gpu_attention.SMALL)
     tokens, heads, latent, rotated, chosen = shape
     generator = torch.Generator("cuda").manual_seed(tokens)
     keys = {"device": "cuda", "generator": generator}
@@ -162,6 +168,39 @@ def test_attention_in_place_is_that_over_copied_rows(
     expected = mla.mix(query_THX.float(), key_TKX, seen_TK.unsqueeze(1), 0.08, latent)
     assert found.dtype == torch.bfloat16
     assert row_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8"])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("heads", "size"), [(3, 16), (32, 128)])
+def test_scores_in_place_are_those_over_copied_keys(
+    heads: int, size: int, first: int, kind: str
+) -> None:
+    from fourge.models.kernels import gpu_index
+
+    generator = torch.Generator("cuda").manual_seed(heads)
+    keys = {"device": "cuda", "generator": generator}
+    values = torch.randn(40, 64, size, **keys).bfloat16().float()
+    pages = values.bfloat16().mT.flatten(1)
+    if kind == "fp8":
+        codes, scales = cache_rows.pack_index_keys(values)
+        pages = torch.cat([codes.flatten(1), scales.flatten(1)], 1)
+        values = cache_rows.unpack_index_pages(pages, size)
+    assert gpu_index.can_score(pages, size)
+    page_MP = torch.rand(5, 40, **keys).topk(7).indices
+    position_MN = torch.tensor([[0, 1], [62, 63], [64, 65], [300, 301], [440, 441]]).cuda()
+    num_keys = 442
+    query_MNHI = torch.randn(5, 2, heads, size, **keys).bfloat16().float()
+    weight_MNH = torch.randn(5, 2, heads, **keys)
+    found = gpu_index.score_pages(
+        query_MNHI, weight_MNH, pages, page_MP, position_MN, num_keys, first
+    )
+    key_MSI = values[page_MP].flatten(1, 2)[:, first : first + num_keys]
+    expected = dsa.score_cached(query_MNHI, dsa.IndexInput(key_MSI, weight_MNH), position_MN)
+    assert torch.equal(found == -torch.inf, expected == -torch.inf)
+    assert (found == -torch.inf).sum() == 10 * num_keys - (position_MN + 1).sum()
+    seen = expected > -torch.inf
+    assert row_error(found[seen][None], expected[seen][None]) < 1e-5
 
 
 def test_caches_that_the_kernel_cannot_read_are_left_to_torch() -> None:

@@ -106,11 +106,15 @@ class PagedCache:
         """[slots, C + R], or bytes of FP8 rows."""
         return self._latents[layer]
 
-    def read_index_keys(self, layer: int, page_MP: torch.Tensor) -> torch.Tensor:
-        """float32 [M, P * 64, I]."""
+    def index_pages(self, layer: int) -> torch.Tensor:
+        """[pages, I * 64], number after number, or bytes of FP8 pages."""
         pages = self._index_keys[layer]
         assert pages is not None, f"layer {layer} has no index keys"
-        rows = pages.index_select(0, page_MP.flatten())
+        return pages
+
+    def read_index_keys(self, layer: int, page_MP: torch.Tensor) -> torch.Tensor:
+        """float32 [M, P * 64, I]."""
+        rows = self.index_pages(layer).index_select(0, page_MP.flatten())
         if self._packed:
             rows = cache_rows.unpack_index_pages(rows, self._config.index_head_dim)
         else:
@@ -118,8 +122,7 @@ class PagedCache:
         return rows.reshape(len(page_MP), -1, self._config.index_head_dim)
 
     def _write_index_keys(self, layer: int, slot_T: torch.Tensor, key_TI: torch.Tensor) -> None:
-        pages, size = self._index_keys[layer], self._config.index_head_dim
-        assert pages is not None, f"layer {layer} has no index keys"
+        pages, size = self.index_pages(layer), self._config.index_head_dim
         page_T, place_T = slot_T // PAGE_TOKENS, slot_T % PAGE_TOKENS
         if not self._packed:
             pages.view(-1, size, PAGE_TOKENS)[page_T, :, place_T] = key_TI.to(pages.dtype)

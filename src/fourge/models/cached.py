@@ -44,6 +44,10 @@ class Cache(Protocol):
         """[slots, row] as they are kept."""
         ...
 
+    def index_pages(self, layer: int) -> torch.Tensor:
+        """[pages, page] of a layer with an indexer, as they are kept."""
+        ...
+
     def read_index_keys(self, layer: int, page_MP: torch.Tensor) -> torch.Tensor:
         """float32 [M, tokens of P pages, I]."""
         ...
@@ -138,16 +142,34 @@ def _is_long(run: Run) -> bool:
 def _select(
     query_TQ: torch.Tensor, weight_TH: torch.Tensor, run: Run, here: _Layer
 ) -> Selection | torch.Tensor:
+    rope = here.step.rope.rows(run.rows)
+    num_keys = run.slot_MS.shape[1]
+    pages = here.cache.index_pages(here.number)
+    if pages.is_cuda and not _is_long(run):
+        from fourge.models.kernels import gpu_index
+
+        if gpu_index.can_score(pages, here.config.index_head_dim):
+            query_MNHI = dsa.cached_queries(
+                query_TQ, run.position_MN, here.weights, here.config, rope
+            )
+            weight_MNH = weight_TH.unflatten(0, tuple(run.position_MN.shape))
+            score_MNS = gpu_index.score_pages(
+                query_MNHI, weight_MNH, pages, run.page_MP, run.position_MN, num_keys, run.first
+            )
+            return _selection(dsa.best_cached(score_MNS, here.config), run)
     key_MSI = here.cache.read_index_keys(here.number, run.page_MP)
-    key_MSI = key_MSI[:, run.first : run.first + run.slot_MS.shape[1]]
+    key_MSI = key_MSI[:, run.first : run.first + num_keys]
     if _is_long(run):
         index = dsa.IndexInput(key_MSI, weight_TH[None])
         return dsa.select(query_TQ[None], index, here.weights, here.config, here.step.whole_rope)
     index = dsa.IndexInput(key_MSI, weight_TH.unflatten(0, tuple(run.position_MN.shape)))
-    rope = here.step.rope.rows(run.rows)
     position_MNK = dsa.select_cached(
         query_TQ, index, run.position_MN, here.weights, here.config, rope
     )
+    return _selection(position_MNK, run)
+
+
+def _selection(position_MNK: torch.Tensor, run: Run) -> Selection:
     position_MA = position_MNK.flatten(1).clamp(min=0)
     slot_TK = run.slot_MS.gather(1, position_MA).view_as(position_MNK).flatten(0, 1)
     return Selection(slot_TK, (position_MNK >= 0).flatten(0, 1))

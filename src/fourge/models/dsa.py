@@ -93,20 +93,43 @@ def select_cached(
     keys are [M, S, I] and head weights [M, N, H]; ``rope`` holds the T = M * N positions. Returns
     int64 [M, N, min(index_topk, S)], -1 where there are fewer.
     """
-    query_THI = _queries(query_TQ, weights, config, rope)
-    query_MNHI = query_THI.unflatten(0, tuple(position_MN.shape))
+    query_MNHI = cached_queries(query_TQ, position_MN, weights, config, rope)
     count, num_keys = index.key_MLI.shape[:2]
-    place_S = torch.arange(num_keys, device=position_MN.device)
     parts = []
     per_sequence = position_MN.shape[1] * config.index_n_heads * num_keys
     for some in chunks.slices(count, max(1, chunks.SCORE_ELEMENTS // per_sequence)):
-        query_MAI = query_MNHI[some].flatten(1, 2)
-        score_MAS = torch.bmm(query_MAI, index.key_MLI[some].mT).relu_()
-        score_MNHS = score_MAS.unflatten(1, (-1, config.index_n_heads))
-        score_MNS = (index.weight_MLH[some].unsqueeze(2) @ score_MNHS).squeeze(2)
-        score_MNS.masked_fill_(place_S > position_MN[some].unsqueeze(-1), -torch.inf)
-        parts.append(_best(score_MNS, min(config.index_topk, num_keys)))
+        own = IndexInput(index.key_MLI[some], index.weight_MLH[some])
+        parts.append(best_cached(score_cached(query_MNHI[some], own, position_MN[some]), config))
     return torch.cat(parts)
+
+
+def cached_queries(
+    query_TQ: torch.Tensor,
+    position_MN: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    rope: RopeTable,
+) -> torch.Tensor:
+    """Index queries of M sequences, float32 [M, N, H, I]."""
+    query_THI = _queries(query_TQ, weights, config, rope)
+    return query_THI.unflatten(0, tuple(position_MN.shape))
+
+
+def score_cached(
+    query_MNHI: torch.Tensor, index: IndexInput, position_MN: torch.Tensor
+) -> torch.Tensor:
+    """Scores [M, N, S]; -inf for positions after a query's own."""
+    place_S = torch.arange(index.key_MLI.shape[1], device=position_MN.device)
+    query_MAI = query_MNHI.flatten(1, 2)
+    score_MAS = torch.bmm(query_MAI, index.key_MLI.mT).relu_()
+    score_MNHS = score_MAS.unflatten(1, query_MNHI.shape[1:3])
+    score_MNS = (index.weight_MLH.unsqueeze(2) @ score_MNHS).squeeze(2)
+    return score_MNS.masked_fill_(place_S > position_MN.unsqueeze(-1), -torch.inf)
+
+
+def best_cached(score_MNS: torch.Tensor, config: ModelConfig) -> torch.Tensor:
+    """What select_cached returns, of its scores."""
+    return _best(score_MNS, min(config.index_topk, score_MNS.shape[-1]))
 
 
 def _best(score_MNS: torch.Tensor, num_selected: int) -> torch.Tensor:

@@ -12,17 +12,27 @@ Suffixes: T queries, H heads, X = C + R latent and rotated numbers, K chosen row
 # pyright: reportMissingImports=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOperatorIssue=false, reportIndexIssue=false
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from fourge.formats.cache_rows import SCALE_GROUP
 
-TILE_K = 32  # rows per step of a program
-HEADS = 16  # of a program; the least that tl.dot takes
-WARPS = 4
-# Programs that keep every multiprocessor of a large GPU busy.
-ENOUGH_PROGRAMS = 512
+
+class _Tile(NamedTuple):
+    """What a program takes: heads (at least 16, for tl.dot), rows per step, warps."""
+
+    heads: int
+    rows: int
+    warps: int
+
+
+# The best of a dozen on an H200, and one that fits in 99 KB of shared memory.
+LARGE, SMALL = _Tile(64, 64, 8), _Tile(16, 32, 4)
+LARGE_BYTES = 224 << 10  # of shared memory
+ENOUGH_PROGRAMS = 128  # that keep the multiprocessors of a large GPU busy
 
 
 def can_attend(rows: torch.Tensor, latent: int) -> bool:
@@ -40,11 +50,13 @@ def attend_rows(
     """
     num_tokens, num_heads, width = query_THX.shape
     num_rows = slot_TK.shape[1]
-    blocks = triton.cdiv(num_heads, HEADS)
-    steps = triton.cdiv(num_rows, TILE_K)
+    device = torch.cuda.get_device_properties(query_THX.device)
+    tile = LARGE if device.shared_memory_per_block_optin >= LARGE_BYTES else SMALL
+    blocks = triton.cdiv(num_heads, tile.heads)
+    steps = triton.cdiv(num_rows, tile.rows)
     num_parts = min(steps, triton.cdiv(ENOUGH_PROGRAMS, num_tokens * blocks))
     steps = triton.cdiv(steps, num_parts)
-    num_parts = triton.cdiv(num_rows, steps * TILE_K)
+    num_parts = triton.cdiv(num_rows, steps * tile.rows)
     mixed_TLHC = query_THX.new_empty(num_tokens, num_parts, num_heads, latent, dtype=torch.float32)
     stats_2TLH = query_THX.new_empty(2, num_tokens, num_parts, num_heads, dtype=torch.float32)
     out_THC = query_THX.new_empty(num_tokens, num_heads, latent)
@@ -52,10 +64,10 @@ def attend_rows(
     with torch.cuda.device_of(query_THX):
         _attend[(num_tokens, blocks, num_parts)](
             query_THX.contiguous(), rows, slot_TK.contiguous(), seen_TK.contiguous(),
-            mixed_TLHC, *stats_2TLH, scale * 1.4426950408889634, num_rows, steps * TILE_K,
+            mixed_TLHC, *stats_2TLH, scale * 1.4426950408889634, num_rows, steps * tile.rows,
             H=num_heads, C=latent, R=rotated, R_POW2=max(16, triton.next_power_of_2(rotated)),
             ROW=rows.shape[1], FP8=rows.dtype == torch.uint8, GROUP=min(latent, SCALE_GROUP),
-            TILE_H=HEADS, TILE_K=TILE_K, num_warps=WARPS, num_stages=2,
+            TILE_H=tile.heads, TILE_K=tile.rows, num_warps=tile.warps, num_stages=2,
         )  # fmt: skip
         _merge[(num_tokens, num_heads)](
             mixed_TLHC, *stats_2TLH, out_THC, num_parts,

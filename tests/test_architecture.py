@@ -26,6 +26,9 @@ LEVELS = {
 }
 # Imported by --help, plan and inspect, which answer at once.
 TORCH_FREE = [
+    "fourge.chat",
+    "fourge.chat.template",
+    "fourge.chat.tokens",
     "fourge.formats.layout",
     "fourge.checkpoint.header",
     "fourge.checkpoint.inventory",

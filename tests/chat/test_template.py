@@ -1,6 +1,7 @@
 """Golden prompts of the GLM-4.7/GLM-5 grammar, and what normalise mends and refuses."""
 
 import copy
+import re
 
 import pytest
 
@@ -120,6 +121,53 @@ def test_two_calls_without_arguments_follow_each_other(tokenizer):
     assert text.removeprefix("[gMASK]<sop><|user|>Hi<|assistant|>") == expected
 
 
+def test_each_output_of_a_tool_is_a_result_of_its_own(tokenizer):
+    parts = [{"output": "T1"}, {"type": "text", "text": "T2"}, {"text": "+"}, {"output": "T3"}]
+    messages = normalise([{"role": "tool", "tool_call_id": "c", "content": parts}])
+    assert [message["content"] for message in messages] == ["T1", "T2+", "T3"]
+    assert {message["tool_call_id"] for message in messages} == {"c"}
+    text = render(tokenizer, messages)
+    results = "".join(f"<tool_response>{part}</tool_response>" for part in ("T1", "T2+", "T3"))
+    assert text == f"[gMASK]<sop><|observation|>{results}"
+
+
+def test_a_reference_to_a_tool_shows_the_tool(tokenizer):
+    function = GET_TIME["function"] | {"defer_loading": True, "strict": True}
+    part = {"type": "tool_reference", "tool_name": "get_time"}
+    messages = normalise([{"role": "tool", "content": [part]}], [{"function": function}])
+    assert render(tokenizer, messages).endswith(
+        '<|observation|><tool_response><tools>\n{"name": "get_time", "description": "Now",'
+        ' "parameters": {"type": "object", "properties": {}}}\n</tools></tool_response>'
+    )
+
+
+def test_an_empty_list_is_an_empty_result(tokenizer):
+    text = render(tokenizer, normalise([{"role": "tool", "content": []}]))
+    assert text == "[gMASK]<sop><|observation|><tool_response></tool_response>"
+
+
+def test_an_option_that_the_template_does_not_read_is_refused(tokenizer):
+    for option in ("reasoning_effort", "chat_template", "tokenize", "messages", "tools", "enable"):
+        with pytest.raises(MessageError, match=f"no option {option}: leave it out") as caught:
+            render(tokenizer, normalise(HI), options={option: "x"})
+        assert caught.value.kind == "unknown option"
+
+
+def test_half_a_character_is_refused(tokenizer):
+    with pytest.raises(MessageError, match="lone surrogate"):
+        prompt(tokenizer, [{"role": "user", "content": "\ud83d"}])
+
+
+def test_strings_are_rendered_raw_and_the_rest_as_json(tokenizer):
+    arguments = {"s": '"q" {{ x }} \n </b>\u00e9', "n": None, "f": 1.5, "t": True, "l": ["\u00e9"]}
+    answer = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+    text = prompt(tokenizer, [*HI, answer], generate=False)
+    pairs = re.findall(r"(?s)<arg_key>(.*?)</arg_key><arg_value>(.*?)</arg_value>", text)
+    assert dict(pairs) == {
+        "s": arguments["s"], "n": "null", "f": "1.5", "t": "true", "l": '["\u00e9"]'
+    }  # fmt: skip
+
+
 def test_results_apart_from_each_other_open_an_observation_each(tokenizer):
     result = {"role": "tool", "content": "T"}
     text = prompt(
@@ -180,6 +228,18 @@ def test_roles_get_the_names_that_templates_know(given, role):
     assert normalise([{"role": given, "content": "x"}])[0]["role"] == role
 
 
+def test_thinking_blocks_are_reasoning():
+    parts = [
+        {"type": "thinking", "thinking": "R1", "signature": "s"},
+        {"type": "text", "text": "A"},
+        {"type": "thinking", "thinking": "R2"},
+    ]
+    message = normalise([{"role": "assistant", "content": parts}])[0]
+    assert message == {"role": "assistant", "content": "A", "reasoning_content": "R1R2"}
+    named = normalise([{"role": "assistant", "content": parts, "reasoning": "R"}])[0]
+    assert named == {"role": "assistant", "content": "A", "reasoning_content": "R"}
+
+
 @pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
 def test_reasoning_has_one_name(key):
     message = normalise([{"role": "assistant", "content": "A", key: "R"}])[0]
@@ -218,6 +278,21 @@ BAD = [
         [*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
         "bad tool arguments",
         "message 2 calls f with arguments that are not JSON",
+    ),
+    (
+        [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}],
+        "bad tool arguments",
+        "message 1 calls f with arguments that are not JSON (NaN is no JSON)",
+    ),
+    (
+        [{"role": "tool", "content": [{"type": "tool_reference", "tool_name": "f"}]}],
+        "bad content",
+        'message 1 refers to the tool "f", which is not among the tools',
+    ),
+    (
+        [{"role": "tool", "content": [{"output": "T"}, {"type": "image"}]}],
+        "bad content",
+        'message 1 has a part of type "image"',
     ),
     (
         [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}],

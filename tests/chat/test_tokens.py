@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fourge.chat.tokens import encode, load_tokenizer
+from fourge.chat.tokens import Detokenizer, encode, load_tokenizer, tag_ids
 from fourge.errors import CheckpointError
 
 TINY_GLM = Path(__file__).parents[2] / "examples" / "tiny-glm"
@@ -80,3 +80,29 @@ def test_plain_text_gets_the_beginning_that_the_tokenizer_adds(tmp_path):
     plain = encode(tokenizer, "Hi", rendered=False)
     assert plain[0] == 2031
     assert encode(tokenizer, "Hi", rendered=True) == plain[1:]
+
+
+def test_the_tags_of_a_vocabulary_by_their_ids(tokenizer):
+    found = tag_ids(tokenizer)
+    assert found[2037] == "<think>"
+    assert found[2046] == "</arg_value>"
+    assert found[2034] == "<|user|>"
+    assert len(found) == 11
+
+
+def test_a_character_of_several_tokens_comes_whole(tokenizer):
+    ids = encode(tokenizer, "a\u6f22\U0001f642</think> b", rendered=True)
+    detokenizer = Detokenizer(tokenizer)
+    texts = [detokenizer.feed(token) for token in ids]
+    assert texts == ["a", "", "", "\u6f22", "", "", "", "\U0001f642", "</think>", " b"]
+    assert detokenizer.finish() == ""
+
+
+def test_half_a_character_is_shown_at_the_end_or_before_a_special_token(tokenizer):
+    half = encode(tokenizer, "\U0001f642", rendered=True)[0]
+    detokenizer = Detokenizer(tokenizer)
+    assert detokenizer.feed(half) == ""
+    assert detokenizer.feed(2038) == "\ufffd</think>"
+    assert detokenizer.feed(half) == ""
+    assert detokenizer.finish() == "\ufffd"
+    assert detokenizer.finish() == ""

@@ -1,4 +1,4 @@
-"""The checkpoint's own tokenizer, loaded and applied.
+"""The checkpoint's own tokenizer, loaded and applied, both ways.
 
 Local files only and never code from the checkpoint. What transformers has to say in warnings stays
 off the user's terminal; what stops it becomes one CheckpointError. Knows nothing of messages.
@@ -9,11 +9,15 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+from tokenizers.decoders import DecodeStream
+
+from fourge.chat.tags import STOPS, TAGS
 from fourge.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 # Any one of these holds a vocabulary that transformers can read.
@@ -50,6 +54,36 @@ def encode(tokenizer: "Tokenizer", text: str, *, rendered: bool) -> list[int]:
     """
     # verbose=False: a text longer than model_max_length is cut later, no reason to warn.
     return tokenizer(text, add_special_tokens=not rendered, verbose=False)["input_ids"]
+
+
+def tag_ids(tokenizer: "Tokenizer") -> dict[int, str]:
+    """Token id -> tag of the protocol, for those that are a token of this vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    return {vocabulary[tag]: tag for tag in (*TAGS, *STOPS) if tag in vocabulary}
+
+
+class Detokenizer:
+    """Token ids -> text, one at a time; bytes are held back until they are a whole character."""
+
+    def __init__(self, tokenizer: "Tokenizer") -> None:
+        self._tokenizer = tokenizer
+        self._backend = cast("Backend", tokenizer.backend_tokenizer)
+        self._stream = DecodeStream(skip_special_tokens=False)
+        self._held: list[int] = []
+
+    def feed(self, token_id: int) -> str:
+        """The text that is whole now, special tokens included; empty within a character."""
+        self._held.append(token_id)
+        text = self._stream.step(self._backend, token_id)
+        if text is None:
+            return ""
+        self._held = []
+        return text
+
+    def finish(self) -> str:
+        """What an unfinished character decodes to: U+FFFD."""
+        held, self._held = self._held, []
+        return str(self._tokenizer.decode(held)) if held else ""
 
 
 @contextmanager

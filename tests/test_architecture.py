@@ -22,6 +22,7 @@ LEVELS = {
     "quantize": 4,
     "evaluate": 4,
     "reports": 5,
+    "serve": 5,
     "cli": 6,
 }
 # Imported by --help, plan and inspect, which answer at once.

@@ -17,6 +17,7 @@ from fourge.cli.inspect import inspect
 from fourge.cli.plan import plan
 from fourge.cli.quantize import quantize
 from fourge.cli.report import report
+from fourge.cli.serve import serve
 from fourge.errors import FourgeError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command()(quantize)
 app.command()(doctor)
 app.command()(evaluate)
 app.command()(report)
+app.command()(serve)
 app.command()(inspect)
 
 

@@ -74,6 +74,18 @@ def test_a_cache_of_expanded_experts_changes_no_token(
     assert kept.hits > 0
 
 
+def test_bf16_arithmetic_stays_close_to_float32(tiny_glm: Path) -> None:
+    prompt = random_tokens(150, 1, 2000)
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        engine = Engine(tiny_glm, **SMALL, dtype=dtype, num_speculative_tokens=1)
+        (request,) = serve(engine, [prompt], greedy(prompt_logprobs=0))
+        known = [one.logprob for one in request.prompt_logprobs if one is not None]
+        found[engine.sizes.cache_kind] = torch.tensor(known)
+    assert set(found) == {"fp32", "bf16"}
+    assert 0 < (found["fp32"] - found["bf16"]).abs().mean() < 0.1
+
+
 def test_progress_counts_every_byte_once(quantized: Path) -> None:
     told: list[tuple[int, int]] = []
     Engine(quantized, **SMALL, on_progress=lambda done, total: told.append((done, total)))

@@ -37,6 +37,7 @@ def verify(
     ``u_choose_BP``: of each place at which the next token may be drawn.
     """
     count, num_drafts = draft_BK.shape
+    u_choose_BP = u_choose_BP.to(target_BPV.device)
     if not num_drafts:
         return Verdict(draft_BK.new_zeros(count), draw(target_BPV[:, 0], u_choose_BP[:, 0]))
     exists_BK = draft_BK >= 0

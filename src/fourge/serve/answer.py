@@ -50,6 +50,7 @@ class Answer:
             parsing.parallel_tool_calls,
             tag_ids=served.tag_ids,
         )
+        self._spelled = parsing is not None and parsing.spelled
 
     @property
     def stopped(self) -> bool:
@@ -105,7 +106,7 @@ class Answer:
 
     def _parse(self, text: str, tokens: list[int] | None) -> list[Delta]:
         if self.parser is not None:
-            return self.parser.feed(text, tokens)
+            return self.parser.feed(text, None if self._spelled else tokens)
         return [Delta(content=text)] if text else []
 
     def _cut(self, deltas: Iterable[Delta]) -> Iterator[Delta]:

@@ -54,6 +54,7 @@ def conversation_of(body: ChatRequest) -> Conversation:
         response_format=body.response_format,
         template_options=body.chat_template_kwargs,
         effort=body.reasoning_effort,
+        thinking_budget=body.thinking_token_budget,
         continue_final_message=body.continue_final_message,
     )
 

@@ -1,11 +1,11 @@
 """Tools and response_format -> what the output must look like, as a structural tag of xgrammar's.
 
-Reasoning comes first and is free; then JSON, or tool calls in the model's own form
-(xgrammar.get_model_structural_tag, "glm_4_7"). Without a demand there is no grammar.
+Reasoning comes first and is free but for its length; then JSON, or tool calls in the model's own
+form (xgrammar.get_model_structural_tag, "glm_4_7"). Without a demand there is no grammar.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import xgrammar
 
@@ -18,12 +18,21 @@ from fourge.serve.protocol.fields import ByTag, JsonBySchema, JsonObject, PlainT
 ToolChoice = Literal["none", "auto", "required"] | dict[str, Any]
 Format = PlainText | JsonObject | JsonBySchema | ByTag | None
 
-_THINKING = {
-    "type": "tag",
-    "begin": "",
-    "content": {"type": "any_text", "excludes": list(TAGS)},
-    "end": END_THINK,
-}
+
+class Reasoning(NamedTuple):
+    """That the prompt leaves <think> open, and the most tokens to think with."""
+
+    tag_ids: Mapping[int, str]
+    budget: int | None
+
+
+class Constraint(NamedTuple):
+    """What the engine has to keep to; None: nothing. ``spelled``: the grammar is one of text, which
+    ordinary tokens may spell as well, and no text but a tag can spell a tag.
+    """
+
+    outputs: StructuredOutputs | None
+    spelled: bool
 
 
 def constraint(
@@ -32,9 +41,9 @@ def constraint(
     response_format: Format,
     *,
     parallel: bool,
-    thinking: bool,
-) -> StructuredOutputs | None:
-    """None: the output is free. RequestError: the tools or the format cannot be used.
+    reasoning: Reasoning | None,
+) -> Constraint:
+    """RequestError: the tools or the format cannot be used.
 
     Tools are binding if the choice says so or one of them is strict. With both, an answer is
     either calls or what the format says.
@@ -49,11 +58,33 @@ def constraint(
         calls = _calls(tools, choice, parallel=parallel)
     parts = [calls] if forced else [part for part in (answer, calls) if part is not None]
     if not parts:
-        return None
+        if reasoning is None or reasoning.budget is None:
+            return Constraint(None, False)
+        parts = [{"type": "any_tokens"}]
     found = parts[0] if len(parts) == 1 else {"type": "or", "elements": parts}
-    if thinking:
-        found = {"type": "sequence", "elements": [_THINKING, found]}
-    return StructuredOutputs(structural_tag={"type": "structural_tag", "format": found})
+    if reasoning is not None:
+        first = _spelled_reasoning(reasoning) if calls else _reasoning_tokens(reasoning)
+        found = {"type": "sequence", "elements": [first, found]}
+    tag = {"type": "structural_tag", "format": found}
+    return Constraint(StructuredOutputs(structural_tag=tag), calls is not None)
+
+
+def _reasoning_tokens(reasoning: Reasoning) -> dict[str, Any]:
+    """Up to the token </think>; when the budget is used up, it is all that may come."""
+    ends = [token for token, tag in reasoning.tag_ids.items() if tag == END_THINK]
+    if not ends:
+        raise RequestError(f"the vocabulary has no token {END_THINK}: turn thinking off.")
+    free = {
+        "type": "any_tokens",
+        "exclude_tokens": sorted(reasoning.tag_ids),
+        "max_tokens": reasoning.budget,
+    }
+    return {"type": "sequence", "elements": [free, {"type": "token", "token": ends[0]}]}
+
+
+def _spelled_reasoning(reasoning: Reasoning) -> dict[str, Any]:
+    free = {"type": "any_text", "excludes": list(TAGS), "max_tokens": reasoning.budget}
+    return {"type": "tag", "begin": "", "content": free, "end": END_THINK}
 
 
 def answer_format(response_format: Format) -> dict[str, Any] | None:

@@ -77,10 +77,19 @@ def anthropic_body(error: ApiError, request_id: str) -> dict[str, Any]:
 def from_validation(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -> ApiError:
     """One sentence for what pydantic found first, unknown fields before all else."""
     order = ("extra_forbidden", "unsupported")
-    found = min(
-        errors, key=lambda one: order.index(one["type"]) if one["type"] in order else len(order)
-    )
-    place = [part for part in found["loc"] if part != "body"]
+
+    def rank(one: Mapping[str, Any]) -> tuple[int, int]:
+        """Of the branches of a union, the one that went deepest says most."""
+        kind = one["type"]
+        return order.index(kind) if kind in order else len(order), -len(one["loc"])
+
+    found = min(errors, key=rank)
+    # Branches of unions are part of pydantic's places: "str", "list[Content]".
+    place = [
+        part
+        for part in found["loc"]
+        if part not in ("body", "str", "int") and not ("[" in str(part) and "]" in str(part))
+    ]
     name = ".".join(map(str, place))
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']}.")

@@ -12,13 +12,15 @@ from fourge.chat.reasoning import leaves_thinking_open
 from fourge.chat.template import normalise, render, unknown_options
 from fourge.chat.tokens import encode
 from fourge.engine.params import SamplingParams, StructuredOutputs
-from fourge.serve.constraints import Format, ToolChoice, constraint
+from fourge.serve.constraints import Format, Reasoning, ToolChoice, constraint
 from fourge.serve.served import Served
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Messages and tools in OpenAI form. ``effort``: how much to think; "none" is not at all."""
+    """Messages and tools in OpenAI form. ``effort``: how much to think; "none" is not at all.
+    ``thinking_budget``: the most tokens to think with.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
@@ -27,6 +29,7 @@ class Conversation:
     response_format: Format = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
     effort: str | None = None
+    thinking_budget: int | None = None
     continue_final_message: bool = False
     add_generation_prompt: bool = True
 
@@ -49,6 +52,7 @@ class Parsing:
     thinking: bool
     tool_choice: ToolChoice
     parallel_tool_calls: bool
+    spelled: bool  # tags may be spelled by ordinary tokens (constraints.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +71,20 @@ def chat_job(served: Served, conversation: Conversation, sampling: Sampling) -> 
     """FourgeError subclasses: the request cannot be served."""
     text = prompt_text(served, conversation)
     thinking = leaves_thinking_open(text)
-    structured = constraint(
+    reasoning = Reasoning(served.tag_ids, conversation.thinking_budget) if thinking else None
+    structured, spelled = constraint(
         conversation.tools,
         conversation.tool_choice,
         conversation.response_format,
         parallel=conversation.parallel_tool_calls,
-        thinking=thinking,
+        reasoning=reasoning,
     )
     parsing = Parsing(
         tools=conversation.tools,
         thinking=thinking,
         tool_choice=conversation.tool_choice,
         parallel_tool_calls=conversation.parallel_tool_calls,
+        spelled=spelled,
     )
     prompt = encode(served.tokenizer, text, rendered=True)
     return _job(served, [prompt], sampling, structured=structured, parsing=parsing)

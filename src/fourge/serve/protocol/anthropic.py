@@ -54,9 +54,7 @@ class ToolReference(Block):
 class ToolResultBlock(Block):
     type: Literal["tool_result"]
     tool_use_id: str
-    content: (
-        str | list[Annotated[TextBlock | ToolReference, Field(discriminator="type")]]
-    ) = ""
+    content: str | list[Annotated[TextBlock | ToolReference, Field(discriminator="type")]] = ""
     is_error: bool = False
 
 

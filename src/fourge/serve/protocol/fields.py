@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 Label = Annotated[str, Field(max_length=512)]
 
 MOST_CHOICES = 128
-_LARGE = 2**31 - 1
+LARGE = 2**31 - 1
 _SEED = 2**62  # with room for the seeds of further answers
 
 
@@ -82,13 +82,13 @@ class SamplingFields(Strict):
 
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = Field(None, ge=-1, le=_LARGE)
+    top_k: int | None = Field(None, ge=-1, le=LARGE)
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] = Field(default_factory=dict)
-    min_tokens: int = Field(0, ge=0, le=_LARGE)
+    min_tokens: int = Field(0, ge=0, le=LARGE)
     stop_token_ids: list[int] = Field(default_factory=list, max_length=64)
     ignore_eos: bool = False
     seed: int | None = Field(None, ge=-_SEED, le=_SEED)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from fourge.serve.protocol.fields import (
+    LARGE,
     MOST_CHOICES,
     Label,
     ResponseFormat,
@@ -91,7 +92,7 @@ class TemplateFields(Strict):
 
 
 class ChatRequest(TemplateFields, StopFields):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. thinking_token_budget: after so many tokens the answer begins."""
 
     UNSUPPORTED: ClassVar = frozenset(
         {
@@ -113,6 +114,7 @@ class ChatRequest(TemplateFields, StopFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     reasoning_effort: Label | None = None
+    thinking_token_budget: int | None = Field(None, ge=0, le=LARGE)
     user: Label | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None

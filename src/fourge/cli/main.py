@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fourge import __version__
+from fourge.cli.chat import chat
 from fourge.cli.doctor import doctor
 from fourge.cli.evaluate import evaluate
 from fourge.cli.inspect import inspect
@@ -32,6 +33,7 @@ app.command()(doctor)
 app.command()(evaluate)
 app.command()(report)
 app.command()(serve)
+app.command()(chat)
 app.command()(inspect)
 
 

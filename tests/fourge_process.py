@@ -172,7 +172,7 @@ def _warm_up(main: Callable[[], None]) -> None:
         importlib.import_module(f"fourge.{verb}.start")  # which the verb does when it is called
     weights = torch.ones(16, 16, dtype=torch.bfloat16)
     kernels.quantize(weights, nvfp4.weight_scale_2(kernels.amax(weights)))
-    sys.argv = ["fourge", "--version"]
+    sys.argv = ["fourge", "--help"]  # imports every verb
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main()
 

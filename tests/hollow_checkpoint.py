@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fourge.checkpoint.header import INDEX_NAME
+from fourge.checkpoint.metadata import exclude_list, quantization_config
 from fourge.checkpoint.writer import OutTensor, plan_shard
 from fourge.models.config import from_dict
 from fourge.models.tensors import expected_tensors
@@ -67,12 +68,44 @@ GLM_5_1: Mapping = {
 
 def write_hollow_checkpoint(folder: Path, raw: Mapping, *, tensors_per_shard: int) -> None:
     """config.json, index and shards of the model that ``raw`` describes, all weights zero."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(raw, indent=2))
     outs = [
         OutTensor(name, "F32" if name.endswith("e_score_correction_bias") else "BF16", shape)
         for name, shape in expected_tensors(from_dict(dict(raw))).items()
     ]
+    _write(folder, raw, outs, tensors_per_shard)
+
+
+def write_hollow_nvfp4(
+    folder: Path, raw: Mapping, *, tensors_per_shard: int, mtp: str = "bf16"
+) -> None:
+    """The same with NVFP4 routed experts in ModelOpt form; ``mtp`` is "bf16", "nvfp4" or "drop"."""
+    config = from_dict(dict(raw))
+    mtp_layers = [str(layer) for layer in config.mtp_layers]
+    outs: list[OutTensor] = []
+    for name, shape in expected_tensors(config, mtp=mtp != "drop").items():
+        is_mtp = name.split(".")[2:3] and name.split(".")[2] in mtp_layers
+        if ".mlp.experts." in name and (mtp == "nvfp4" or not is_mtp):
+            rows, columns = shape
+            stem = name.removesuffix("weight")
+            outs += [
+                OutTensor(name, "U8", (rows, columns // 2)),
+                OutTensor(f"{name}_scale", "F8_E4M3", (rows, columns // 16)),
+                OutTensor(f"{name}_scale_2", "F32", ()),
+                OutTensor(f"{stem}input_scale", "F32", ()),
+            ]
+        else:
+            dtype = "F32" if name.endswith("e_score_correction_bias") else "BF16"
+            outs.append(OutTensor(name, dtype, shape))
+    excluded = exclude_list(range(3), config.mtp_layers)
+    document = {**raw, "quantization_config": quantization_config(excluded)}
+    if mtp == "drop":
+        document["num_nextn_predict_layers"] = 0
+    _write(folder, document, outs, tensors_per_shard)
+
+
+def _write(folder: Path, raw: Mapping, outs: list[OutTensor], tensors_per_shard: int) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
     pieces = [outs[i : i + tensors_per_shard] for i in range(0, len(outs), tensors_per_shard)]
     weight_map = {}
     for number, piece in enumerate(pieces, start=1):

@@ -6,6 +6,7 @@
     |-- RecipeError       a recipe is malformed or names what does not exist
     |-- DataError         calibration data is missing, unreadable, or has too many unusable records
     |-- BudgetError       memory or disk cannot hold what the run needs
+    |-- LaunchError       an engine cannot be launched as asked, or a launch command cannot be read
     |-- OutputError       the target cannot be written, or holds something else
     |-- EngineError       the engine cannot be set up as asked, or has stopped
     `-- RequestError      a request to the engine cannot be served; the engine goes on
@@ -37,6 +38,10 @@ class DataError(FourgeError):
 
 class BudgetError(FourgeError):
     """Memory or disk cannot hold what the run needs."""
+
+
+class LaunchError(FourgeError):
+    """An engine cannot be launched as asked, or a launch command cannot be read."""
 
 
 class OutputError(FourgeError):

@@ -1,5 +1,6 @@
 """Rules C and X: each accident of config.json fires its rule and no other."""
 
+import codecs
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,20 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     "no config": (["C06"], lambda f: (f.path / "config.json").unlink()),
     "broken config": (["C06"], lambda f: (f.path / "config.json").write_text("{,}")),
     "config is a list": (["C06"], lambda f: f.write("config.json", [])),
+    "config with a byte order mark": (
+        ["C06"],
+        lambda f: (f.path / "config.json").write_bytes(
+            codecs.BOM_UTF8 + (f.path / "config.json").read_bytes()
+        ),
+    ),
+    "a key twice": (
+        ["C06"],
+        lambda f: (f.path / "config.json").write_text(
+            (f.path / "config.json").read_text().replace(
+                '"scoring_func"', '"scoring_func": "softmax", "scoring_func"'
+            )
+        ),
+    ),
     "missing dimension": (["C06"], lambda f: f.config(kv_lora_rank=None)),
     "unknown activation": (["C06"], lambda f: f.config(hidden_act="gelu")),
     "stale rope_scaling": (
@@ -50,6 +65,8 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     "no n_group": (["C02"], lambda f: f.config(n_group=None)),
     "no scaling factor": (["C02"], lambda f: f.config(routed_scaling_factor=None)),
     "no norm_topk_prob": (["C02"], lambda f: f.config(norm_topk_prob=None)),
+    "norm_topk_prob off": (["C02"], lambda f: f.config(norm_topk_prob=False)),
+    "scaling factor of nobody": (["C02"], lambda f: f.config(routed_scaling_factor=1.0)),
     "two routing keys": (["C02"], lambda f: f.config(scoring_func=None, topk_method=None)),
     "too many dense layers": (["C03"], lambda f: f.config(first_k_dense_replace=2)),
     "no dense layers": (["C03"], lambda f: f.config(first_k_dense_replace=0)),

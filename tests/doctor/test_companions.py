@@ -139,6 +139,16 @@ def test_the_example_is_clean(made: Path, tiny_glm: Path, with_source: bool):
     assert report.figures["shards"]["tensors"] == 1751
 
 
+def test_a_file_that_no_reader_opens_is_an_error(own: Folder):
+    for name in ("tokenizer.json", "generation_config.json"):
+        text = (own.path / name).read_text()
+        (own.path / name).write_text(text[:-20])
+    (finding,) = report_of(own.path).findings
+    assert (finding.rule, finding.severity) == ("K13", "error")
+    assert finding.places == ("tokenizer.json", "generation_config.json")
+    assert "not JSON" in finding.message
+
+
 def test_a_right_card_is_no_finding(own: Folder):
     card("Layers 0-0 are dense; based on org/tiny-glm. MTP is inside.\n")(own)
     assert rules_of(own.path) == []

@@ -1,5 +1,6 @@
 """Rules K and M: each accident fires its rule and no other."""
 
+import codecs
 from collections.abc import Callable
 
 import pytest
@@ -49,6 +50,19 @@ def orphan(folder: Folder, part: str, target: str) -> None:
     save_file(tensors, folder.path / target, metadata={"format": "pt"})
 
 
+def add_mark(folder: Folder, name: str) -> None:
+    path = folder.path / name
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+
+
+def double_in_index(folder: Folder) -> None:
+    """The same key twice in the text, in another shard first."""
+    text = (folder.path / INDEX).read_text()
+    entry = f'"{NORM}": '
+    other = f'{entry}"{folder.shard_of("layers.2.")}", '
+    (folder.path / INDEX).write_text(text.replace(entry, other + entry))
+
+
 def misplace(folder: Folder) -> None:
     other = folder.shard_of("layers.2.")
     folder.index(lambda old: old | {NORM: other})
@@ -91,6 +105,9 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     "missing norm": (["K01"], lambda f: f.drop(NORM)),
     "missing norm that the index names": (["K01"], lambda f: drop_from_shard_only(f, NORM)),
     "missing shared experts": (["K01"], lambda f: f.drop("layers.1.mlp.shared_experts")),
+    "a head of its own beside tied embeddings": (
+        ["K01"], lambda f: f.config(tie_word_embeddings=True)
+    ),
     "unknown tensor": (["K01"], lambda f: f.put({"model.layers.1.extra.weight": torch.ones(4)})),
     "tensor outside layers": (["K01"], lambda f: f.put({"visual.patch.weight": torch.ones(4)})),
     "expert with a bias": (["K01"], lambda f: f.put({expert(1, 0, "up_proj.bias"): torch.ones(4)})),
@@ -117,6 +134,12 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     "index names a stranger": (
         ["K05"], lambda f: f.index(lambda old: old | {"stranger": f.shard_of("layers.1.")})
     ),
+    "index names an expert too many": (
+        ["K05"],
+        lambda f: f.index(lambda old: old | {expert(1, 6, "up_proj.weight"): f.shard_of(NORM)}),
+    ),
+    "index names a tensor twice": (["K05"], double_in_index),
+    "index with a byte order mark": (["K05"], lambda f: add_mark(f, INDEX)),
     "no index": (["K05"], lambda f: (f.path / INDEX).unlink()),
     "broken index": (["K05"], lambda f: (f.path / INDEX).write_text("{")),
     "index without weight_map": (["K05"], lambda f: f.write(INDEX, {"metadata": {}})),
@@ -135,6 +158,10 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
         lambda f: f.rename(
             lambda n: n.replace("model.layers.1.", "model.language_model.layers.1.")
         ),
+    ),
+    "norm of zeros": (["K08"], lambda f: f.map(NORM, torch.zeros_like)),
+    "projection of zeros": (
+        ["K08"], lambda f: f.map("layers.2.self_attn.o_proj.weight", torch.zeros_like)
     ),
     "empty tensor": (["K08"], lambda f: f.put({NORM: torch.ones(0, dtype=torch.bfloat16)})),
     "FP8 weight with its scales": (["K10"], fp8_scales),

@@ -1,5 +1,6 @@
 """Rules D and Q: each accident of dtypes, shapes and metadata fires its rule and no other."""
 
+import codecs
 from collections.abc import Callable
 
 import pytest
@@ -55,10 +56,23 @@ def metadata_in(folder: Folder, *, config: bool, other: bool) -> None:
         (folder.path / HF_QUANT).unlink()
 
 
+def eight_bits(folder: Folder) -> None:
+    groups = folder.read("config.json")["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["num_bits"] = 8
+    folder.flat(config_groups=groups)
+
+
 DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     "BF16 bias": (["D01"], lambda f: f.map("e_score_correction_bias", lambda t: t.bfloat16())),
     "bias that was BF16": (
         ["D01"], lambda f: f.map("layers.1.mlp.gate.e_score", lambda t: t.bfloat16().float())
+    ),
+    "bias that was F16": (
+        ["D01"], lambda f: f.map("layers.1.mlp.gate.e_score", lambda t: t.half().float())
+    ),
+    "bias with NaN": (
+        ["D01"],
+        lambda f: f.map("layers.1.mlp.gate.e_score", lambda t: t.where(t < t.max(), torch.nan)),
     ),
     "FP8 router": (
         ["D02"], lambda f: f.map("layers.1.mlp.gate.weight", lambda t: t.to(torch.float8_e4m3fn))
@@ -85,6 +99,10 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     "transposed attention": (
         ["D03"], lambda f: f.map(ATTENTION + "o_proj.weight", lambda t: t[:, :-1])
     ),
+    "F16 attention": (["D03"], lambda f: f.map(ATTENTION + "o_proj.weight", torch.Tensor.half)),
+    "experts of another width": (
+        ["D03"], lambda f: f.config(moe_intermediate_size=48, n_shared_experts=1)
+    ),
     "blocks of 32": (
         ["D04"], lambda f: f.put({f"{DOWN}_scale": f.load(f"{DOWN}_scale")[:, ::2]})
     ),
@@ -97,6 +115,12 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     ),
     "no metadata": (["Q01"], lambda f: metadata_in(f, config=False, other=False)),
     "block is a string": (["Q01"], lambda f: f.config(quantization_config="NVFP4")),
+    "other file with a byte order mark": (
+        ["Q01"],
+        lambda f: (f.path / HF_QUANT).write_bytes(
+            codecs.BOM_UTF8 + (f.path / HF_QUANT).read_bytes()
+        ),
+    ),
     "other file is broken": (["Q01"], lambda f: (f.path / HF_QUANT).write_text("{")),
     "files name two algorithms": (["Q01"], lambda f: f.nested(quant_algo="W4A16_NVFP4")),
     "one file declares a KV cache": (["Q01", "Q15"], lambda f: f.nested(kv_cache_quant_algo="FP8")),
@@ -108,6 +132,7 @@ DAMAGE: dict[str, tuple[list[str], Callable[[Folder], object]]] = {
     "lower case": (["Q03"], lambda f: (f.flat(quant_algo="nvfp4"), f.nested(quant_algo="nvfp4"))),
     "lower case in one file": (["Q03"], lambda f: f.flat(quant_algo="nvfp4")),
     "null algorithm": (["Q03"], lambda f: f.nested(quant_algo=None)),
+    "8-bit weights": (["Q03"], eight_bits),
     "mixed precision": (["Q03"], lambda f: f.flat(quant_algo="MIXED_PRECISION")),
     "list is a string": (["Q04"], lambda f: f.flat(ignore="lm_head")),
     "list holds a number": (["Q04"], lambda f: f.flat(ignore=["lm_head", 3])),

@@ -199,6 +199,57 @@ def test_the_zero_experts_that_modelopt_spoils_are_mended(
     assert different(original.checkpoint, tmp_path / "out") == []
 
 
+def test_a_lost_input_scale_of_a_pair_is_the_other_one_s(own: Case, tmp_path: Path):
+    """Gate and up see the same input; other experts see others."""
+    values = iter(0.001 * (1 + number) for number in range(1000))
+    for number in range(6):
+        value = next(values)
+        for name in ("gate_proj", "up_proj"):
+            put_value(own, expert(1, number, f"{name}.input_scale"), value)
+    put_value(own, expert(1, 2, "gate_proj.input_scale"), float("nan"))
+    edit_tensors(own.checkpoint, expert(1, 3, "up_proj.input_scale"), lambda _: None)
+    done = mend(own, tmp_path / "out", with_source=False)["done"]
+    assert {one["rule"] for one in done} == {"A01", "A02"}
+    for number in (2, 3):
+        for name in ("gate_proj", "up_proj"):
+            scale = read(tmp_path / "out", expert(1, number, f"{name}.input_scale"))
+            assert scale.item() == pytest.approx(0.001 * (1 + number))
+
+
+def put_value(case: Case, name: str, value: float) -> None:
+    assert edit_tensors(case.checkpoint, name, lambda t: torch.full_like(t, value)) == 1
+
+
+@pytest.mark.parametrize("part", ["weight_scale_2", "input_scale"])
+def test_a_scalar_of_another_shape_becomes_a_scalar(
+    own: Case, original: Case, tmp_path: Path, part: str
+):
+    name = expert(1, 5, f"down_proj.{part}")
+    edit_tensors(own.checkpoint, name, lambda t: t.reshape(1, 1))
+    mend(own, tmp_path / "out", told=(found("D03", name, ""),))
+    assert different(tmp_path / "out", original.checkpoint) == []
+
+
+def test_a_sign_of_a_block_scale_is_no_matter_of_the_pair(own: Case, tmp_path: Path):
+    def negate(scale: torch.Tensor) -> torch.Tensor:
+        data = scale.view(torch.uint8).clone()
+        data[2, 1] |= 0x80
+        return data.view(scale.dtype)
+
+    edit_tensors(own.checkpoint, expert(1, 5, "gate_proj.weight_scale"), negate)
+    record = mend(own, tmp_path / "out", with_source=False)
+    assert not record["written"]
+    assert [(one["rule"], one["why"]) for one in record["not_done"]] == [("S01", "needs --source")]
+
+
+def test_a_packed_indexer_without_the_source_is_left(own: Case, tmp_path: Path):
+    name = "model.layers.1.self_attn.indexer.wk.weight"
+    edit_tensors(own.checkpoint, name, lambda t: t.to(torch.float8_e4m3fn))
+    record = mend(own, tmp_path / "out", with_source=False, told=(found("X09", name, ""),))
+    assert not record["written"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_needs_the_source_is_left_and_said(own: Case, tmp_path: Path):
     edit_tensors(
         own.checkpoint,

@@ -1,5 +1,6 @@
 """Repairs of everything around the numbers, from finding to the doctor's word on the result."""
 
+import codecs
 import json
 import shutil
 from collections.abc import Callable
@@ -74,6 +75,13 @@ def store_twice(folder: Folder) -> None:
     save_file(load_file(path) | {NORM: folder.load(NORM) + 1}, path, metadata={"format": "pt"})
 
 
+def mark(name: str) -> Damage:
+    """A byte order mark in front, as some editors write it."""
+    return lambda folder: (folder.path / name).write_bytes(
+        codecs.BOM_UTF8 + (folder.path / name).read_bytes()
+    )
+
+
 def remove(name: str) -> Damage:
     return lambda folder: (folder.path / name).unlink()
 
@@ -94,6 +102,8 @@ EITHER: dict[str, tuple[str, Damage]] = {
     ),
     "index cut off": ("K05", lambda f: (f.path / INDEX).write_text('{"weight_m')),
     "index gone": ("K05", remove(INDEX)),
+    "index with a byte order mark": ("K05", mark(INDEX)),
+    "config with a byte order mark": ("C06", mark("config.json")),
     "tensor in two shards": ("K03", store_twice),
     "stranger": ("K01", lambda f: f.put({"model.layers.1.foo.bar": torch.zeros(3)})),
     "scale of lm_head": ("S11", lambda f: f.put({"lm_head.input_scale": torch.tensor(0.1)})),

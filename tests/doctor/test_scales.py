@@ -61,6 +61,11 @@ DAMAGE = {
     "gate and up apart": (["S04"], expert(1, 5, "up_proj.weight_scale_2"), scaled(1.25)),
     "gate and up far apart": (["S04"], expert(1, 5, "gate_proj.weight_scale_2"), scaled(1e5)),
     "scale_2 of another order": (["S05"], expert(1, 5, "down_proj.weight_scale_2"), scaled(1e5)),
+    "scale_2 ten times too large": (
+        ["S05"], expert(1, 5, "down_proj.weight_scale_2"), scaled(10)
+    ),
+    "scale_2 a hundredth": (["S05"], expert(1, 5, "down_proj.weight_scale_2"), scaled(0.01)),
+    "every scale_2 its reciprocal": (["S05"], "weight_scale_2", torch.reciprocal),
     "block scales shrunk": (
         ["S06"], expert(1, 5, "down_proj.weight_scale"), stored(lambda data: data.sub_(16))
     ),
@@ -84,6 +89,8 @@ DAMAGE = {
     "one of them 1": (["A03"], expert(1, 5, "up_proj.input_scale"), constant(1.0)),
     "an expert too loud": (["A05"], expert(2, 5, "down_proj.input_scale"), scaled(100)),
     "an expert somewhat loud": (["A11"], expert(2, 5, "down_proj.input_scale"), scaled(20)),
+    "every input_scale its reciprocal": (["A02"], "input_scale", lambda old: 1 / (old * 1e-3)),
+    "every input_scale of a kind 1": (["A06"], "down_proj.input_scale", constant(1.0)),
     "every input_scale 1": (["A06"], "input_scale", constant(1.0)),
     "no input_scale at all": (["A09"], "input_scale", lambda _: None),
     "an empty tensor": (["K08"], "model.norm.weight", lambda tensor: tensor[:0]),
@@ -150,6 +157,18 @@ def test_filled_in_input_scales_are_told_from_measured_and_from_shared_ones(own:
     assert (finding.rule, finding.count) == ("A04", 3)
 
 
+def test_an_expert_with_a_fallback_for_both_inputs_was_not_calibrated(own: Case):
+    """One alone may have been measured."""
+    values = iter(0.001 * (1 + 0.1 * number) for number in range(1000))
+    edit_tensors(own.checkpoint, "down_proj.input_scale", lambda old: old * 0 + next(values))
+    edit_tensors(own.checkpoint, expert(1, 2, "down_proj.input_scale"), constant(6 / 2688))
+    assert rules_of(own.checkpoint) == []
+    for name in ("gate_proj", "up_proj"):
+        edit_tensors(own.checkpoint, expert(1, 2, f"{name}.input_scale"), constant(6 / 2688))
+    (finding,) = numbers_of(own.checkpoint).findings
+    assert (finding.rule, finding.count) == ("A04", 3)
+
+
 def test_a_checkpoint_of_16_bit_activations_needs_no_input_scale(own: Case):
     edit_tensors(own.checkpoint, "input_scale", lambda _: None)
     path = own.checkpoint / "config.json"
@@ -204,6 +223,44 @@ def test_scales_tied_after_packing_show_in_their_largest_blocks(make_case, tmp_p
     (finding,) = numbers_of(case.checkpoint).findings
     assert finding.rule == "S06"
     assert "overwritten after packing" in finding.message
+
+
+def test_weights_of_a_bounded_law_are_not_taken_for_tied_later(tmp_path: Path):
+    """Large experts whose values come from one table: all largest weights are the same."""
+    config = published_config(
+        num_hidden_layers=2, hidden_size=256, moe_intermediate_size=256, n_routed_experts=64,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    source = write_checkpoint(tmp_path / "source", config=config, traps=False)
+    case = Case.of(source, tmp_path, vocab=256)
+    top = [
+        one.highest == LARGEST
+        for one in numbers_of(case.checkpoint).facts
+        if one.projection.name != "down_proj"
+    ]
+    assert sum(top) > 0.99 * len(top)
+    assert rules_of(case.checkpoint) == []
+
+
+def test_weights_between_two_bounds_are_not_taken_for_clipped(tmp_path: Path):
+    """As torch.nn.Linear begins: the largest of 16 weights is near the bound everywhere."""
+    source = write_checkpoint(tmp_path / "source", config=published_config(), traps=False)
+    torch.manual_seed(0)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert edit_tensors(source, f"{name}.weight", lambda w: w.uniform_(-0.1, 0.1))
+    case = Case.of(source, tmp_path, vocab=256)
+    facts = numbers_of(case.checkpoint).facts
+    assert max(one.largest / one.blocks for one in facts) > 0.3
+    assert rules_of(case.checkpoint) == []
+
+
+def test_a_finding_drawn_from_scales_alone_is_dropped_when_the_source_agrees(tmp_path: Path):
+    """An expert whose weights really are ten times those of the others."""
+    source = write_checkpoint(tmp_path / "source", config=published_config())
+    assert edit_tensors(source, expert(1, 5, "down_proj.weight"), lambda w: w * 10) == 1
+    case = Case.of(source, tmp_path, vocab=256)
+    assert rules_of(case.checkpoint) == ["S05"]
+    assert rules_of(case.checkpoint, source) == []
 
 
 def test_exports_that_do_not_reach_448_are_not_held_to_it(own: Case):

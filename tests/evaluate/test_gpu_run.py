@@ -48,7 +48,7 @@ def test_figures_equal_those_of_the_cpu(arguments: list[object], tmp_path: Path)
     for lane, tolerance in (("w4a16", 0.02), ("w4a4", 0.05)):
         ours, theirs = on_gpu["lanes"][lane], on_cpu["lanes"][lane]
         assert ours["kl_mean"] == pytest.approx(theirs["kl_mean"], rel=tolerance)
-        assert ours["ppl_candidate"] == pytest.approx(theirs["ppl_candidate"], rel=1e-3)
+        assert ours["ppl_candidate"] == pytest.approx(theirs["ppl_candidate"], rel=tolerance / 5)
         assert ours["ppl_reference"] == pytest.approx(theirs["ppl_reference"], rel=1e-4)
 
 

@@ -147,3 +147,21 @@ def test_a_changed_checkpoint_is_told(own: Recorded):
     good("report", own.folder)
     assert "**The checkpoint has changed since this evaluation.**" in own.card
     assert "The checkpoint has changed since." in own.card.split("## Checks")[1]
+
+
+def test_the_card_has_commands_for_the_machine_that_was_named(own: Recorded):
+    """And none where the engine cannot serve it there, which is told."""
+    done = run("report", own.folder, "--hardware", "4xh200")
+    assert done.status == 0, done.stderr
+    serving = own.card.split("## Serving")[1].split("## Limits")[0]
+    assert "vllm 0.33.0 on 4xh200:" in serving
+    assert f"vllm serve {own.folder.name}" in serving
+    assert f"--model-path {own.folder.name}" in serving
+    assert str(own.folder.parent) not in own.card
+
+    done = run("report", own.folder, "--hardware", "1xrtx-pro-6000")
+    assert "no vllm command on the card: " in done.stderr
+    assert "vllm 0.33.0" not in own.card
+    assert "sglang 0.5.23 on 1xrtx-pro-6000:" in own.card
+
+    assert run("report", own.folder, "--hardware", "9xabacus").status == 2

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -29,7 +29,7 @@ def test_a_stream_holds_what_the_text_holds(client: openai.OpenAI):
     assert [text.startswith(PROMPT) for text in texts] == [True, True, False, False]
 
 
-def test_a_prompt_is_described_as_lm_eval_needs_it(client: openai.OpenAI, http: httpx.Client):
+def test_a_prompt_is_described_as_lm_eval_needs_it(client: openai.OpenAI, http: httpx2.Client):
     """lm-eval sends token ids with echo, logprobs and max_tokens 1 and reads token_logprobs."""
     tokens = http.post("/tokenize", json={"prompt": PROMPT}).json()["tokens"]
     ask: Any = {"model": "tiny-glm", "prompt": tokens, "echo": True, "logprobs": 1}
@@ -52,7 +52,7 @@ def test_a_prompt_is_described_as_lm_eval_needs_it(client: openai.OpenAI, http: 
     assert only.usage.completion_tokens == 0
 
 
-def test_prompt_logprobs_come_by_token(http: httpx.Client):
+def test_prompt_logprobs_come_by_token(http: httpx2.Client):
     body = {"model": "tiny-glm", "prompt": PROMPT, "max_tokens": 1, "prompt_logprobs": 2}
     choice = http.post("/v1/completions", json=body).json()["choices"][0]
     first, *others = choice["prompt_logprobs"]
@@ -63,7 +63,7 @@ def test_prompt_logprobs_come_by_token(http: httpx.Client):
         assert all(math.exp(entry["logprob"]) <= 1 for entry in one.values())
 
 
-def test_tokens_come_back_as_the_text_they_were(http: httpx.Client):
+def test_tokens_come_back_as_the_text_they_were(http: httpx2.Client):
     asked = {"model": "tiny-glm", "prompt": "Grüße, 世界 <|user|>", "return_token_strs": True}
     found = http.post("/tokenize", json=asked).json()
     assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
@@ -71,7 +71,7 @@ def test_tokens_come_back_as_the_text_they_were(http: httpx.Client):
     assert back == {"prompt": asked["prompt"]}
 
 
-def test_a_conversation_is_tokenized_by_the_template(http: httpx.Client):
+def test_a_conversation_is_tokenized_by_the_template(http: httpx2.Client):
     body = {"messages": [{"role": "user", "content": "Hi"}]}
     tokens = http.post("/tokenize", json=body).json()["tokens"]
     text = http.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
@@ -89,7 +89,7 @@ def test_every_alias_is_a_model(client: openai.OpenAI, name: str):
     assert answer.model == name
 
 
-def test_metrics_count_what_was_done(client: openai.OpenAI, http: httpx.Client):
+def test_metrics_count_what_was_done(client: openai.OpenAI, http: httpx2.Client):
     def read() -> dict[str, float]:
         text = http.get("/metrics").text
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
@@ -119,7 +119,7 @@ def test_metrics_count_what_was_done(client: openai.OpenAI, http: httpx.Client):
     assert after["fourge:spec_decode_position_0_alarm"] in (0, 1)
 
 
-def test_the_server_tells_what_it_is(http: httpx.Client):
+def test_the_server_tells_what_it_is(http: httpx2.Client):
     info = http.get("/server_info").json()
     assert info["models"] == ["tiny-glm", "claude-small"]
     assert info["engine"]["num_speculative_tokens"] == 2

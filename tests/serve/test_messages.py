@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-import httpx
+import httpx2
 import pytest
 
 from scripted_engine import ScriptedEngine, scripted
@@ -75,7 +75,7 @@ def test_a_stream_holds_what_the_message_holds(claude: anthropic.Anthropic):
 
 def test_the_events_come_in_their_order(speaking: tuple[Running, ScriptedEngine]):
     url = f"{speaking[0].url}/v1/messages?beta=true"
-    answer = httpx.post(url, json=ASK | {"tools": TOOLS, "stream": True})
+    answer = httpx2.post(url, json=ASK | {"tools": TOOLS, "stream": True})
     names, documents = [], []
     for one in answer.text.strip().split("\n\n"):
         name, data = one.split("\n")
@@ -194,7 +194,7 @@ def test_a_real_engine_calls_tools_and_keeps_the_budget(server: Running):
             **common | {"thinking": {"type": "enabled", "budget_tokens": 4}, "max_tokens": 12},
             extra_body={"temperature": 0},
         )
-    chat = httpx.post(
+    chat = httpx2.post(
         f"{server.url}/v1/chat/completions",
         json={
             "model": "tiny-glm", "temperature": 0, "max_tokens": 12, "thinking_token_budget": 4,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -41,8 +41,8 @@ def slow(tiny_glm: Path) -> Iterator[tuple[Running, ScriptedEngine]]:
 
 
 @pytest.fixture
-def ask(strict: tuple[Running, ScriptedEngine]) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=strict[0].url, headers={"Authorization": "Bearer second"}) as found:
+def ask(strict: tuple[Running, ScriptedEngine]) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=strict[0].url, headers={"Authorization": "Bearer second"}) as found:
         yield found
 
 
@@ -71,7 +71,7 @@ def ask(strict: tuple[Running, ScriptedEngine]) -> Iterator[httpx.Client]:
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
 )
-def test_a_bad_field_is_named(ask: httpx.Client, changes: Any, param: str | None, says: str):
+def test_a_bad_field_is_named(ask: httpx2.Client, changes: Any, param: str | None, says: str):
     answer = ask.post(CHAT, json=HI | changes)
     error = answer.json()["error"]
     assert (answer.status_code, error["type"]) == (400, "invalid_request_error")
@@ -79,7 +79,7 @@ def test_a_bad_field_is_named(ask: httpx.Client, changes: Any, param: str | None
     assert error["param"] == param
 
 
-def test_null_is_the_same_as_absent(ask: httpx.Client):
+def test_null_is_the_same_as_absent(ask: httpx2.Client):
     nulls = dict.fromkeys(("temperature", "stop", "tools", "best_of", "response_format"))
     assert ask.post(CHAT, json=HI | nulls | {"max_tokens": 1}).status_code == 504  # by its limit
 
@@ -102,13 +102,13 @@ def test_null_is_the_same_as_absent(ask: httpx.Client):
     ids=["cut", "list", "bytes", "nothing", "deep", "half", "half-name", "half-role", "nan",
          "model", "large"],
 )  # fmt: skip
-def test_a_hostile_body_is_refused(ask: httpx.Client, body: bytes, status: int):
+def test_a_hostile_body_is_refused(ask: httpx2.Client, body: bytes, status: int):
     answer = ask.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
 
 
-def test_a_body_without_a_length_is_measured(ask: httpx.Client):
+def test_a_body_without_a_length_is_measured(ask: httpx2.Client):
     def parts() -> Iterator[bytes]:
         for _ in range(10):
             yield b" " * 1000
@@ -119,7 +119,7 @@ def test_a_body_without_a_length_is_measured(ask: httpx.Client):
 
 
 def test_without_the_key_nothing_is_told(strict: tuple[Running, ScriptedEngine]):
-    with httpx.Client(base_url=strict[0].url) as http:
+    with httpx2.Client(base_url=strict[0].url) as http:
         for path in ("/v1/models", "/server_info", "/metrics"):
             answer = http.get(path)
             assert answer.status_code == 401
@@ -135,7 +135,7 @@ def test_without_the_key_nothing_is_told(strict: tuple[Running, ScriptedEngine])
 
 def test_a_full_queue_says_when_to_come_again(slow: tuple[Running, ScriptedEngine]):
     running_server, engine = slow
-    with httpx.Client(base_url=running_server.url, timeout=30) as http:
+    with httpx2.Client(base_url=running_server.url, timeout=30) as http:
         with http.stream("POST", CHAT, json=HI | {"stream": True, "n": 8}) as busy:
             next(busy.iter_lines())
             refused = http.post(CHAT, json=HI)
@@ -144,7 +144,7 @@ def test_a_full_queue_says_when_to_come_again(slow: tuple[Running, ScriptedEngin
     deadline(lambda: engine.under_way == 0 and running_server.service.admission.taken == 0)
 
 
-def test_a_request_ends_at_its_time(ask: httpx.Client, strict: tuple[Running, ScriptedEngine]):
+def test_a_request_ends_at_its_time(ask: httpx2.Client, strict: tuple[Running, ScriptedEngine]):
     whole = ask.post(CHAT, json=HI)
     assert (whole.status_code, whole.json()["error"]["code"]) == (504, "timeout")
     lines = list(ask.post(CHAT, json=HI | {"stream": True}).iter_lines())
@@ -158,13 +158,13 @@ def test_a_request_ends_at_its_time(ask: httpx.Client, strict: tuple[Running, Sc
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_ends_its_request(slow: tuple[Running, ScriptedEngine], stream: bool):
     running_server, engine = slow
-    with httpx.Client(base_url=running_server.url, timeout=0.5) as http:
+    with httpx2.Client(base_url=running_server.url, timeout=0.5) as http:
         if stream:
             with http.stream("POST", CHAT, json=HI | {"stream": True}) as answer:
                 next(answer.iter_lines())
                 assert running_server.service.admission.taken == 1
         else:
-            with pytest.raises(httpx.ReadTimeout):
+            with pytest.raises(httpx2.ReadTimeout):
                 http.post(CHAT, json=HI)
     # Long before the 20 s that the answer takes.
     deadline(lambda: engine.under_way == 0 and running_server.service.admission.taken == 0)
@@ -172,7 +172,7 @@ def test_a_client_that_leaves_ends_its_request(slow: tuple[Running, ScriptedEngi
 
 
 def test_nothing_is_served_before_the_model_is_there():
-    with running(None) as loading, httpx.Client(base_url=loading.url) as http:
+    with running(None) as loading, httpx2.Client(base_url=loading.url) as http:
         for answer in (http.get("/health"), http.get("/v1/models"), http.post(CHAT, json=HI)):
             assert answer.status_code == 503
             assert answer.json()["error"]["code"] == "loading"
@@ -183,7 +183,7 @@ def test_nothing_is_served_before_the_model_is_there():
 
 def test_a_failing_engine_is_told_and_does_not_stop_the_server(tiny_glm: Path):
     served, engine = scripted(tiny_glm, "a b", finish="error")
-    with running(served) as found, httpx.Client(base_url=found.url) as http:
+    with running(served) as found, httpx2.Client(base_url=found.url) as http:
         answer = http.post(CHAT, json=HI)
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
         streamed = http.post(CHAT, json=HI | {"stream": True}).text
@@ -200,7 +200,7 @@ def test_the_request_id_is_kept_and_logged(
 ) -> None:
     served, _ = scripted(tiny_glm, "</think>Hello")
     caplog.set_level("INFO", "fourge.serve")
-    with running(served) as found, httpx.Client(base_url=found.url) as http:
+    with running(served) as found, httpx2.Client(base_url=found.url) as http:
         kept = http.post(CHAT, json=HI, headers={"X-Request-Id": "mine-1"})
         odd = http.get("/v1/models", headers={"X-Request-Id": "no\tgood"})
     assert kept.headers["X-Request-Id"] == "mine-1"

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 import pytest
 
@@ -110,7 +110,7 @@ def test_events_have_the_form_that_clients_parse(tiny_glm: Path):
     served, _ = scripted(tiny_glm, "</think>" + CALLS)
     body = ASK | {"tools": TOOLS, "stream": True, "stream_options": {"include_usage": True}}
     with running(served) as found:
-        answer = httpx.post(f"{found.url}/v1/chat/completions", json=body)
+        answer = httpx2.post(f"{found.url}/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
     *events, end, rest = answer.text.split("\n\n")
     assert (end, rest) == ("data: [DONE]", "")
@@ -142,7 +142,7 @@ def test_defaults_of_the_server_hold_until_a_request_says_otherwise(tiny_glm: Pa
         served, preferred={"temperature": 0.25, "top_k": 7},
         template_options={"enable_thinking": False},
     )  # fmt: skip
-    with running(served) as found, httpx.Client(base_url=found.url) as http:
+    with running(served) as found, httpx2.Client(base_url=found.url) as http:
         http.post("/v1/chat/completions", json=ASK)
         mine = {"temperature": 0.5, "chat_template_kwargs": {"enable_thinking": True}}
         http.post("/v1/chat/completions", json=ASK | mine)

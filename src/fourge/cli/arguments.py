@@ -57,3 +57,11 @@ DeviceMemory = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+EnginePython = Annotated[
+    str | None,
+    typer.Option(
+        "--verify",
+        metavar="PYTHON",
+        help="Let the engine of this Python check the command with its own parser.",
+    ),
+]

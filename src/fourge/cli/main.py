@@ -4,37 +4,56 @@ Exit status: 0 good, 1 findings or a failed check, 2 unusable input (one sentenc
 interrupted. A traceback means a bug of fourge.
 """
 
+import importlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from fourge import __version__
-from fourge.cli.chat import chat
-from fourge.cli.doctor import doctor
-from fourge.cli.evaluate import evaluate
-from fourge.cli.inspect import inspect
-from fourge.cli.plan import plan
-from fourge.cli.quantize import quantize
-from fourge.cli.report import report
-from fourge.cli.serve import serve
 from fourge.errors import FourgeError
 
+# In the order of --help; the module of each, and the function in it, have the verb's name.
+VERBS = (
+    "plan",
+    "quantize",
+    "doctor",
+    "evaluate",
+    "report",
+    "serve",
+    "chat",
+    "launch",
+    "check-launch",
+    "inspect",
+)
+
+
+class Verbs(TyperGroup):
+    """The verbs, each imported when it is asked for: launch and check-launch answer at once, which
+    they could not if they waited for what quantize and plan need.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in VERBS:
+            return None
+        name = cmd_name.replace("-", "_")
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(cmd_name)(getattr(importlib.import_module(f"fourge.cli.{name}"), name))
+        return typer.main.get_command(single)
+
+
 app = typer.Typer(
+    cls=Verbs,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Make, prove and serve NVFP4 checkpoints of very large Mixture-of-Experts models.",
 )
-app.command()(plan)
-app.command()(quantize)
-app.command()(doctor)
-app.command()(evaluate)
-app.command()(report)
-app.command()(serve)
-app.command()(chat)
-app.command()(inspect)
 
 
 def _show_version(wanted: bool) -> None:

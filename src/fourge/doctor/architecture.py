@@ -37,7 +37,8 @@ def check_architecture(evidence: Evidence) -> Iterator[Finding]:
     """Rules of RULES, and C06 for a config that nobody can read; sets what the head says."""
     if evidence.raw_problem is not None:
         yield found("C06", CONFIG_NAME, f"config.json cannot be used: {evidence.raw_problem}.")
-        return
+        if not evidence.raw:
+            return
     raw = dict(evidence.raw)
     for check in CHECKS:
         for correction in check(raw, evidence):

@@ -7,6 +7,7 @@ weight_scale_2; nvidia-modelopt's four-over-six and MSE exports are not like tha
 Needs torch (kernels). Peak memory: block scales and codes of one projection per thread.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from fourge.doctor.evidence import Evidence, Projection
 from fourge.doctor.files import Files
 from fourge.doctor.findings import Finding, found
 from fourge.doctor.passes import Progress, in_parallel, load_bytes, num_workers
-from fourge.doctor.scales import expert_place, is_usable, pool_of
+from fourge.doctor.scales import POOLS, expert_place, is_usable, pool_of
 from fourge.formats import kernels
 from fourge.formats.layout import BLOCK_SIZE
 
@@ -30,10 +31,16 @@ ZERO, SMALLEST, ONE, LARGEST = 0x00, 0x01, 0x38, 0x7E
 FEW = 1 / 64
 # Part of a projection's blocks at an end of the range that no sound quantizer leaves there.
 CROWDED = 0.25
+# At 448 that is clipping only if there are so many more than at 416: scales of weights of a bounded
+# law crowd below 448 as well.
+STEEP = 2
 # Part of the experts that must have the scale 448 for an export to be a "max" one, and how many.
 EVIDENT, MANY = 0.9, 4
-# Experts whose gate and up both reach 448 with one weight_scale_2: a few do by chance, not all.
+# Experts whose gate and up both reach 448 with one weight_scale_2: by chance those do whose largest
+# weights are within NEAR of each other (which rounds up to 448). How common that is, weight_scale_2
+# of neighbouring experts shows: weights of a bounded law all have the same.
 TIED_LATER, MANY_PAIRS = 0.99, 64
+NEAR, COMMON = 448 / 432, 0.75
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +53,19 @@ class BlockFacts:
     negative: int
     smallest: int  # at 2^-9
     largest: int  # at 448
+    second: int  # at 416
     highest: int  # the largest byte that is a number
     plain: int  # at 1, as all of a projection of zeros are
     lost: int  # of scale 0 with codes that are not
     idle: int  # at 448 with codes of 0 only
     flat: int  # at 448 with codes of +-6 only
+    typical: float  # their median, as a number
 
     @property
     def crowded(self) -> int:
         """Blocks at the end of the range where there are too many, 0 where there are not."""
-        most = max(self.smallest, self.largest - self.idle - self.flat)
+        clipped = self.largest - self.idle - self.flat
+        most = max(self.smallest, clipped if clipped > STEEP * self.second else 0)
         return most if most > CROWDED * self.blocks else 0
 
 
@@ -124,6 +134,17 @@ def names_zero_expert(evidence: Evidence, facts: Sequence[BlockFacts]) -> set[st
     }
 
 
+def typical_scales(facts: Sequence[BlockFacts]) -> dict[str, float]:
+    """Name of a weight_scale_2 -> the median block scale that goes with it, where that tells how
+    large the weights are.
+    """
+    return {
+        one.projection.tensor("weight_scale_2"): one.typical
+        for one in facts
+        if not (_is_damaged(one) or one.crowded or one.plain == one.blocks)
+    }
+
+
 def is_all_zero(evidence: Evidence, projection: Projection) -> bool:
     """Whether all codes of a projection are 0 (or minus 0)."""
     return not bool(
@@ -165,12 +186,24 @@ def _examine(files: Files, projection: Projection) -> BlockFacts:
         negative=sum(counts[byte] for byte in MINUS),
         smallest=counts[SMALLEST],
         largest=counts[LARGEST],
+        second=counts[LARGEST - 1],
         highest=max(numbers, default=0),
         plain=counts[ONE],
         lost=lost,
         idle=idle,
         flat=flat,
+        typical=_median(counts),
     )
+
+
+def _median(counts: Sequence[int]) -> float:
+    """Of the block scales that are positive numbers, by how many there are of each byte."""
+    half = sum(counts[SMALLEST : LARGEST + 1]) / 2
+    for byte in range(SMALLEST, LARGEST + 1):
+        half -= counts[byte]
+        if half <= 0:
+            return torch.tensor(byte, dtype=torch.uint8).view(torch.float8_e4m3fn).item()
+    return 0.0
 
 
 def _codes(files: Files, weight: TensorInfo, blocks: Tensor) -> Tensor:
@@ -225,7 +258,8 @@ def _overwritten(evidence: Evidence, facts: Sequence[BlockFacts]) -> Iterator[Fi
     pools = {
         key: pool
         for key, pool in _pooled(facts).items()
-        if not any(_is_damaged(one) or one.crowded for one in pool)
+        if len(pool) == len(POOLS[key[2]])
+        and not any(_is_damaged(one) or one.crowded for one in pool)
     }
     low = [
         pool[0].projection
@@ -260,13 +294,28 @@ def _tied_later(
         if all(one.highest == LARGEST for one in pool)
         and len({evidence.scalar(one.projection, "weight_scale_2") for one in pool}) == 1
     ]
-    if len(pairs) >= MANY_PAIRS and len(tied) >= TIED_LATER * len(pairs):
+    is_odd = len(pairs) >= MANY_PAIRS and _share_of_near(evidence, pairs) < COMMON
+    if is_odd and len(tied) >= TIED_LATER * len(pairs):
         message = (
             f"gate and up of {len(tied):,} of {len(pairs):,} experts both reach the block scale"
             " 448, though only the larger of two weights with one weight_scale_2 does: it was"
             " overwritten after packing."
         )
         yield found("S06", [expert_place(one) for one in tied], message)
+
+
+def _share_of_near(evidence: Evidence, pairs: Sequence[list[BlockFacts]]) -> float:
+    """Of neighbouring experts, the part whose weight_scale_2 are within NEAR of each other."""
+    own = [pool[0].projection for pool in pairs]
+    ratios = [
+        evidence.scalars[one.tensor("weight_scale_2")]
+        / evidence.scalars[other.tensor("weight_scale_2")]
+        for one, other in itertools.pairwise(own)
+        if one.layer == other.layer
+        and all(_has_usable_scale(evidence, either) for either in (one, other))
+    ]
+    near = sum(1 / NEAR < ratio < NEAR for ratio in ratios)
+    return near / len(ratios) if ratios else 1.0
 
 
 def _has_usable_scale(evidence: Evidence, projection: Projection) -> bool:

@@ -74,13 +74,14 @@ def _missing(evidence: Evidence) -> Iterator[Finding]:
         missing = [name for name in missing if _has(evidence.source, name)]
     if missing:
         yield found("K13", missing, f"{list_values(missing)} not there.")
-    broken = [
-        name
+    broken = {
+        name: problem
         for name in (TOKENIZER_NAME, TOKENIZER_CONFIG_NAME, GENERATION_NAME)
-        if name in sizes and evidence.json_file(name) is None
-    ]
+        if name in sizes and (problem := evidence.json_problem(name)) is not None
+    }
     if broken:
-        yield found("K13", broken, f"{list_values(broken)} cannot be read as a JSON object.")
+        told = "; ".join(f"{name} cannot be used: {problem}" for name, problem in broken.items())
+        yield found("K13", list(broken), f"{told}.", severity="error")
 
 
 def _has(source: Evidence, name: str) -> bool:
@@ -100,7 +101,7 @@ def _stops(evidence: Evidence) -> Iterator[Finding]:
     lacking = {
         key_of("eos_token_id", file): missing
         for file, document in documents.items()
-        if document is not None and (missing := _lacking_stops(evidence, document, file))
+        if document and (missing := _lacking_stops(evidence, document, file))
     }
     if lacking:
         told = "; ".join(f"{where} lacks {list_values(ids)}" for where, ids in lacking.items())

@@ -107,6 +107,11 @@ class Weights:
         """[out, in] BF16 of the source."""
         return load(self._files, self._originals[projection.tensor()])
 
+    def amax(self, layer: int, expert: int, name: str) -> float:
+        """Of the source's weight; 0 where it has none."""
+        info = self._originals.get(expert_name(layer, expert, name))
+        return kernels.amax(load(self._files, info)) if info and info.dtype == "BF16" else 0.0
+
     def original_of(self, layer: int, expert: int, name: str) -> Tensor | None:
         """The same for any projection, None where the source has none."""
         own = self.evidence.by_layer.get(layer, {}).get(expert, {}).get(name)
@@ -170,6 +175,8 @@ def _compare_expert(weights: Weights, projections: Sequence[Projection]) -> list
     for names in POOLS.values():
         own = [one for one in projections if one.name in names]
         amax = max((kernels.amax(originals[one.name]) for one in own), default=0.0)
+        if len(own) == 1 < len(names):  # the other one is not comparable
+            amax = max(amax, *(weights.amax(own[0].layer, own[0].expert, name) for name in names))
         for one in own:
             packed = weights.packed(one)
             sums = kernels.compare(originals[one.name], packed)

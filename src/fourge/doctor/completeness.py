@@ -20,7 +20,7 @@ from fourge.checkpoint.names import (
     find,
 )
 from fourge.doctor.correction import key_of, list_values
-from fourge.doctor.evidence import Evidence
+from fourge.doctor.evidence import Evidence, same
 from fourge.doctor.findings import Finding, found
 from fourge.models.config import ModelConfig
 from fourge.models.tensors import expected_tensors, layer_shapes
@@ -36,6 +36,7 @@ FOREIGN = (
 )  # fmt: skip
 # Buffers that old exports hold and nobody needs.
 BUFFERS = (".inv_freq",)
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FP8_KEYS = ("modules_to_not_convert", "weight_block_size", "activation_scheme", "fmt")
 HUGE_BYTES = 40 << 30
 PACKED_PARTS = ("weight_scale", "weight_scale_2")
@@ -109,10 +110,10 @@ def _duplicates(evidence: Evidence) -> Iterator[Finding]:
 def _index(evidence: Evidence) -> Iterator[Finding]:
     """K04, K05 and M07."""
     index = evidence.index
+    if evidence.index_problem is not None:
+        yield found("K05", INDEX_NAME, f"the index cannot be used: {evidence.index_problem}.")
     if index is None:
-        if INDEX_NAME in evidence.files.sizes:
-            yield found("K05", INDEX_NAME, f"the index cannot be used: {evidence.index_problem}.")
-        elif set(evidence.shards) - {SINGLE_NAME}:
+        if INDEX_NAME not in evidence.files.sizes and set(evidence.shards) - {SINGLE_NAME}:
             message = f"{len(evidence.shards)} shards lie here without {INDEX_NAME}."
             yield found("K05", INDEX_NAME, message)
         return
@@ -150,11 +151,14 @@ def _orphans(evidence: Evidence, index: dict[str, str]) -> dict[str, list[str]]:
 
 
 def _is_stranger(evidence: Evidence, name: str) -> bool:
-    parsed = find(name)
-    if parsed is None:
+    """Whether the model has no tensor of this name."""
+    parsed, config = find(name), evidence.config
+    if parsed is None or config is None or parsed.layer is None:
+        return parsed is None
+    last = config.num_hidden_layers + bool(evidence.raw.get("num_nextn_predict_layers"))
+    if parsed.layer >= last:
         return True
-    last = len(evidence.decoder_layers) + bool(evidence.raw.get("num_nextn_predict_layers"))
-    return parsed.layer is not None and evidence.config is not None and parsed.layer >= last
+    return parsed.expert is not None and parsed.expert >= config.n_routed_experts
 
 
 def _fp8_leftovers(evidence: Evidence) -> Iterator[Finding]:
@@ -231,9 +235,17 @@ def _strangers(evidence: Evidence) -> Iterator[Finding]:
             or (parsed.layer in shapes and _has_place(parsed, config, shapes[parsed.layer]))
         )
     ]
+    if config.tie_word_embeddings and _has_own_head(evidence):
+        strangers.append(HEAD)
     if strangers:
         message = f"{len(strangers):,} tensors have no place in this model: {strangers[0]}."
         yield found("K01", strangers, message)
+
+
+def _has_own_head(evidence: Evidence) -> bool:
+    """Whether lm_head holds something else than the embedding."""
+    head, embedding = evidence.tensors.get(HEAD), evidence.tensors.get(EMBEDDING)
+    return head is not None and embedding is not None and not same(evidence, head, embedding)
 
 
 def _is_judged_elsewhere(evidence: Evidence, name: str) -> bool:

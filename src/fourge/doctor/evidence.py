@@ -4,6 +4,7 @@ Tolerant throughout: what cannot be read is remembered with its reason, and the 
 rest. Nothing larger than a header or a scalar is held.
 """
 
+import codecs
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from fourge.checkpoint.header import INDEX_NAME, TensorInfo, parse_header
 from fourge.checkpoint.metadata import CONFIG_NAME, HF_QUANT_CONFIG_NAME
 from fourge.checkpoint.names import TensorName, expert_name, find
 from fourge.doctor.files import Files, read_tensors
+from fourge.doctor.findings import shorten
 from fourge.errors import CheckpointError
 from fourge.models.config import ModelConfig
 
@@ -27,6 +29,8 @@ MOST_TEXT_BYTES = 4 << 20
 SCALARS = ("weight_scale_2", "input_scale")
 CORRECTION_BIAS = "e_score_correction_bias"
 CONNECTIONS = 8  # at once, to a hub
+PIECE_BYTES = 4 << 20
+PIECES_REMOTE = 1
 # What wrappers and libraries put before a published name.
 WRAPPERS = re.compile(
     r"(?:_orig_mod\.|module\.|base_model\.model\.|(?:model\.)?language_model\.|model\.)+"
@@ -56,8 +60,10 @@ class Evidence:
     """Everything known of one checkpoint. ``config`` is None where it cannot be understood."""
 
     files: Files
+    # Of a JSON file that some readers refuse, or read otherwise, there are both, it and a problem.
     index: dict[str, str] | None = None
     index_problem: str | None = None
+    total_size: object = None  # what the index says
     shards: dict[str, list[TensorInfo]] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)  # shard -> why
     raw: JsonObject = field(default_factory=dict)
@@ -68,6 +74,7 @@ class Evidence:
     hf_quant: JsonObject | None = None
     hf_quant_problem: str | None = None
     source: "Evidence | None" = None
+    _documents: dict[str, tuple[JsonObject | None, str | None]] = field(default_factory=dict)
 
     @cached_property
     def _stored(self) -> dict[str, TensorInfo]:
@@ -210,7 +217,16 @@ class Evidence:
 
     def json_file(self, name: str) -> JsonObject | None:
         """The object in a JSON file; None where it is missing or not an object."""
-        return read_json(self.files, name)[0]
+        return self._read_json(name)[0]
+
+    def json_problem(self, name: str) -> str | None:
+        """Why no reader, or not every one, can use a JSON file; None where all can."""
+        return self._read_json(name)[1]
+
+    def _read_json(self, name: str) -> tuple[JsonObject | None, str | None]:
+        if name not in self._documents:
+            self._documents[name] = read_json(self.files, name)
+        return self._documents[name]
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
@@ -249,6 +265,19 @@ def gather(files: Files) -> Evidence:
     return evidence
 
 
+def same(evidence: Evidence, own: TensorInfo, theirs: TensorInfo) -> bool:
+    """Whether two tensors hold the same bytes; of a hub's only the first piece is compared."""
+    if (own.dtype, own.shape) != (theirs.dtype, theirs.shape):
+        return False
+    starts = range(0, own.nbytes, PIECE_BYTES)
+    for begin in starts if evidence.files.is_local else starts[:PIECES_REMOTE]:
+        count = min(PIECE_BYTES, own.nbytes - begin)
+        pieces = [evidence.files.read(one.file, one.start + begin, count) for one in (own, theirs)]
+        if pieces[0] != pieces[1]:
+            return False
+    return True
+
+
 def unwrap(name: str) -> str | None:
     """The published name within a name that wrappers or libraries have given a tensor."""
     bare = WRAPPERS.sub("", name, count=1)
@@ -256,20 +285,25 @@ def unwrap(name: str) -> str | None:
 
 
 def _read_header(files: Files, name: str) -> list[TensorInfo] | str:
-    """The tensors of a shard, or why it is damaged."""
+    """The tensors of a shard, or why it is damaged. CheckpointError if a hub does not answer."""
     size = files.sizes[name]
     problems: list[str] = []
+    unreachable: list[CheckpointError] = []
 
     def read(start: int, count: int) -> bytes:
         try:
             return files.read(name, start, count)
         except OSError as error:
             problems.append(f"{name} cannot be read: {error.strerror}.")
-            return b""
+        except CheckpointError as error:
+            unreachable.append(error)
+        return b""
 
     try:
         return parse_header(name, size, read)
     except CheckpointError as error:
+        if unreachable:
+            raise unreachable[0] from None
         return problems[0] if problems else str(error)
 
 
@@ -283,15 +317,34 @@ def _read_index(evidence: Evidence) -> None:
     ):
         evidence.index_problem = problem or "it has no weight_map of names to files"
         return
-    evidence.index = weight_map
+    evidence.index, evidence.index_problem = weight_map, problem
+    metadata = (index or {}).get("metadata")
+    evidence.total_size = metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
 def read_json(files: Files, name: str) -> tuple[JsonObject | None, str | None]:
-    """The object in a JSON file, or why there is none."""
+    """The object in a JSON file, or why there is none; or both, where some readers refuse the file
+    or read another value.
+    """
     if name not in files.sizes:
         return None, "it is missing"
+    data = files.read(name, 0, files.sizes[name])
+    doubled: list[str] = []
+
+    def collect(pairs: list[tuple[str, Any]]) -> JsonObject:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            doubled.extend(key for key, value in pairs if result[key] != value)
+        return result
+
     try:
-        value = json.loads(files.read(name, 0, files.sizes[name]))
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:
         return None, f"it is not JSON ({error})"
-    return (value, None) if isinstance(value, dict) else (None, "it is not a JSON object")
+    if not isinstance(value, dict):
+        return None, "it is not a JSON object"
+    if data.startswith(codecs.BOM_UTF8):
+        return value, "it begins with a byte order mark, which transformers and engines refuse"
+    if doubled:
+        return value, f"{shorten(doubled)} stands there twice, with different values"
+    return value, None

@@ -24,6 +24,8 @@ from fourge.doctor.experts import Depth, Numbers, check_numbers
 from fourge.doctor.files import open_files
 from fourge.doctor.findings import SEVERITIES, Finding, found, rules
 from fourge.doctor.passes import Progress
+from fourge.doctor.sharing import PLAIN_DTYPES
+from fourge.errors import CheckpointError
 
 Check = Callable[[Evidence], Iterator[Finding]]
 # Rules whose findings explain whatever the numbers of the same tensors look like.
@@ -87,8 +89,21 @@ def look_at(checkpoint: str | Path, source: str | Path | None) -> Evidence:
     Raises CheckpointError where there is nothing to examine.
     """
     evidence = gather(open_files(checkpoint))
+    _check_quantized(evidence)
     evidence.source = gather(open_files(source)) if source is not None else None
     return evidence
+
+
+def _check_quantized(evidence: Evidence) -> None:
+    """CheckpointError for a checkpoint that nobody has quantized: nothing here would look at it."""
+    is_declared = "quantization_config" in evidence.raw or evidence.hf_quant is not None
+    plain = all(info.dtype in PLAIN_DTYPES for info in evidence.tensors.values())
+    if evidence.tensors and plain and not (evidence.damaged or evidence.lost or is_declared):
+        dtypes = ", ".join(sorted({info.dtype for info in evidence.tensors.values()}))
+        raise CheckpointError(
+            f"{evidence.files.place} is not quantized: its tensors are {dtypes}; give the NVFP4"
+            " checkpoint that was made from it, and this as --source."
+        )
 
 
 def examine(evidence: Evidence, depth: Depth, on_progress: Progress) -> Report:

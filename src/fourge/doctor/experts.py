@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fourge.doctor.activations import check_input_scales, input_scale_figures
 from fourge.doctor.blocks import (
     BlockFacts,
     check_blocks,
@@ -15,6 +16,7 @@ from fourge.doctor.blocks import (
     names_zero_expert,
     sampled_expert,
     scan_blocks,
+    typical_scales,
 )
 from fourge.doctor.comparison import (
     Comparison,
@@ -29,7 +31,7 @@ from fourge.doctor.comparison import (
 from fourge.doctor.evidence import Evidence
 from fourge.doctor.findings import Finding
 from fourge.doctor.passes import Progress
-from fourge.doctor.scales import check_scalars, expert_place, input_scale_figures
+from fourge.doctor.scales import check_scalars, expert_place
 from fourge.doctor.suspects import Diagnosis, check_diagnoses, diagnose
 from fourge.doctor.unquantized import check_empty, check_unquantized
 
@@ -40,7 +42,8 @@ SCALARS = (
 BLOCKS = ("S01", "S02", "S09", "S10")
 AGAINST_SOURCE = ("K08", "K09", "S07", "S08", "V01", "V02", "V05")
 # Rules that explain why a projection is far from its source.
-EXPLAINED_BY = ("S01", "S02", "S03", "S04", "S06", "K08")
+EXPLAINED_BY = ("S01", "S02", "S03", "S04", "K08")
+EXPLAINED_BY_S06 = ("S07", "V02")
 
 
 @dataclass
@@ -82,7 +85,8 @@ def check_numbers(evidence: Evidence, depth: Depth, on_progress: Progress) -> Nu
             (*BLOCKS, "S06"), "reads all block scales: local files, or --sample"
         )
     zero_experts = names_zero_expert(evidence, numbers.facts)
-    numbers.findings += check_scalars(evidence, zero_experts)
+    numbers.findings += check_scalars(evidence, zero_experts, typical_scales(numbers.facts))
+    numbers.findings += check_input_scales(evidence)
     numbers.findings += check_empty(evidence)
     numbers.checked += SCALARS
     numbers.figures["input_scale"] = input_scale_figures(evidence)
@@ -106,8 +110,7 @@ def _check_against_source(
     weights = Weights(evidence, source)
     experts = comparable(weights, _chosen(evidence, depth.sample))
     comparisons = compare_experts(weights, experts, memory=depth.memory, on_progress=on_progress)
-    told = _named(evidence, numbers, EXPLAINED_BY)
-    _judge(weights, comparisons, told, on_progress, numbers)
+    _judge(weights, comparisons, on_progress, numbers)
     numbers.figures |= error_figures(comparisons)
     numbers.checked += AGAINST_SOURCE
 
@@ -119,41 +122,54 @@ def _chosen(evidence: Evidence, sample: bool) -> list[tuple[int, int]]:
 
 
 def _judge(
-    weights: Weights,
-    comparisons: Sequence[Comparison],
-    told: set[str],
-    on_progress: Progress,
-    numbers: Numbers,
+    weights: Weights, comparisons: Sequence[Comparison], on_progress: Progress, numbers: Numbers
 ) -> None:
     """S07, S08, V: what the comparison shows beyond what other rules told."""
+    evidence = weights.evidence
+    told = _named(evidence, _of_rules(numbers, EXPLAINED_BY))
     suspects = [one for one in suspicious(comparisons) if one.projection.tensor() not in told]
-    numbers.diagnoses = diagnose(weights, suspects, on_progress)
-    zeros = list(check_zeros(comparisons, told - _named(weights.evidence, numbers, ("S06",))))
-    numbers.findings += [*zeros, *check_diagnoses(numbers.diagnoses, told)]
-    # What the source explains is no second finding: scales at the end of their range, or below it.
-    named = {one.projection.tensor() for one in numbers.diagnoses}
-    noisy = {place for one in zeros for place in one.places}
+    diagnoses = diagnose(weights, suspects, on_progress)
+    named = {one.projection.tensor() for one in diagnoses}
+    compared = {one.projection.tensor() for one in comparisons if one.is_number}
     numbers.findings = [
         one
         for one in numbers.findings
-        if not (one.rule == "S09" and _weights_of(one) <= named)
-        and not (one.rule == "S06" and _weights_of(one) <= noisy)
+        if _stands(one.rule, _named(evidence, [one]), named, compared)
     ]
+    overwritten = _named(evidence, _of_rules(numbers, ("S06",)))
+    numbers.diagnoses = [
+        one
+        for one in diagnoses
+        if one.rule not in EXPLAINED_BY_S06 or one.projection.tensor() not in overwritten
+    ]
+    told |= overwritten
+    numbers.findings += check_zeros(comparisons, told)
+    numbers.findings += check_diagnoses(numbers.diagnoses)
     if is_max_export(numbers.facts):
-        numbers.findings += check_bits(comparisons, {*told, *named})
+        numbers.findings += check_bits(comparisons, told | named)
         numbers.checked.append("V03")
     else:
         numbers.not_checked["V03"] = "holds for max exports only"
 
 
-def _weights_of(finding: Finding) -> set[str]:
-    """The weights whose scales a finding names."""
-    return {place.removesuffix("_2").removesuffix("_scale") for place in finding.places}
+def _stands(rule: str, places: set[str], named: set[str], compared: set[str]) -> bool:
+    """Whether a finding that is drawn from what scales usually look like says more than the source
+    does, with which ``compared`` weights were compared and the ``named`` ones differ.
+    """
+    if rule == "S09":
+        return not places <= named
+    if rule == "S06":
+        return not places <= compared or not places.isdisjoint(named)
+    return rule != "S05" or not places <= compared
 
 
-def _named(evidence: Evidence, numbers: Numbers, rules: Collection[str]) -> set[str]:
-    """Weights (tensor names) that findings of these rules name, or whose expert they name."""
-    places = {place for one in numbers.findings if one.rule in rules for place in one.places}
+def _of_rules(numbers: Numbers, rules: Collection[str]) -> list[Finding]:
+    return [one for one in numbers.findings if one.rule in rules]
+
+
+def _named(evidence: Evidence, findings: Sequence[Finding]) -> set[str]:
+    """Weights (tensor names) that findings name, or whose expert they name."""
+    places = {place for one in findings for place in one.places}
     return {
         projection.tensor()
         for projection in evidence.experts.values()

@@ -1,7 +1,8 @@
 """Which input_scale a repaired checkpoint gives to projections that have none, or an unusable one.
 
-The largest of the same layer and pool (gate and up, or down): engines use that maximum anyway, and
-clipping hurts far more than headroom. A shard that is cut off still holds the scalars at its begin.
+The value of the other of gate and up, which see the same input; else the largest of the same layer
+and pool (gate and up, or down): engines use that maximum anyway, and clipping hurts far more than
+headroom. A shard that is cut off still holds the scalars at its begin.
 Imports no torch.
 """
 
@@ -45,9 +46,13 @@ def fitting_inputs(
             if largest is None:
                 inputs.left.append(tensor)
                 continue
-            pair = [pool.get((expert, other)) or largest for other in POOLS[kind]]
-            if evidence.scalars.get(tensor) != max(pair):
-                inputs.values[tensor] = max(pair)
+            # Gate and up see the same input: a sound one of the two tells it exactly.
+            pair = [pool.get((expert, other)) for other in POOLS[kind]]
+            fitting = max((value for value in pair if value is not None), default=largest)
+            info = evidence.tensors.get(tensor)
+            is_scalar = info is not None and info.shape in ((), (1,))
+            if evidence.scalars.get(tensor) != fitting or not is_scalar:
+                inputs.values[tensor] = fitting
     return inputs
 
 

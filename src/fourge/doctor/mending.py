@@ -92,6 +92,10 @@ class Mender:
     def _has_original(self, projection: Projection) -> bool:
         return self._weights is not None and self._weights.has_original(projection)
 
+    def _has_scale_2(self, projection: Projection) -> bool:
+        value = self._evidence.scalar(projection, "weight_scale_2")
+        return value is not None and is_usable(value)
+
     def _set(self, projection: Projection, part: str, how: str, make: Callable[[], Tensor]) -> None:
         self.mended.made[projection.tensor(part)] = Made(how, make)
 
@@ -237,7 +241,7 @@ class Mender:
                     )
                 self._set_scale_2(one, SAFE_SCALE_2 if partner is None else partner)
                 self.mended.note("of zeros given codes 0 and sound scales", one)
-            elif partner is not None and sound:
+            elif partner is not None and sound and not self._has_scale_2(one):
                 self._set_scale_2(one, partner)
                 self.mended.note("given the weight_scale_2 of the other of gate and up", one)
 
@@ -260,10 +264,10 @@ def _change(scale: Tensor, old: float, new: float) -> tuple[float, int]:
 
 def _zero_and_sound(evidence: Evidence, projection: Projection) -> tuple[bool, bool]:
     """Whether a projection is all zero, by its codes or as nvidia-modelopt spoils one (scale_2 0,
-    every block scale NaN); and whether all its block scales are numbers.
+    every block scale NaN); and whether all its block scales are positive numbers.
     """
     scale = load_bytes(evidence.files, projection.parts["weight_scale"])
     nan = (scale & 0x7F) == 0x7F
     codes = load_bytes(evidence.files, projection.parts["weight"])
     spoilt = bool(nan.all()) and evidence.scalar(projection, "weight_scale_2") == 0
-    return spoilt or not bool((codes & 0x77).any()), not bool(nan.any())
+    return spoilt or not bool((codes & 0x77).any()), not bool((nan | (scale > 0x7F)).any())

@@ -80,7 +80,7 @@ def _agreement(evidence: Evidence, blocks: Mapping[str, JsonObject]) -> Iterator
     if declared is not None and not isinstance(declared, dict):
         yield found("Q01", key_of(BLOCK), f"{BLOCK} is {shown(declared)}; needed is an object.")
     is_there = HF_QUANT_CONFIG_NAME in evidence.files.sizes
-    if is_there and not evidence.nested:
+    if is_there and (evidence.hf_quant_problem is not None or not evidence.nested):
         problem = evidence.hf_quant_problem or "it has no quantization"
         message = f"{HF_QUANT_CONFIG_NAME} cannot be used: {problem}."
         yield found("Q01", HF_QUANT_CONFIG_NAME, message)
@@ -146,9 +146,23 @@ def _algorithm(evidence: Evidence, blocks: Mapping[str, JsonObject]) -> Iterator
         algorithm = block.get("quant_algo")
         if algorithm not in ALGORITHMS and not (is_fp8 and block is evidence.quantization):
             wrong[f"{place}.quant_algo"] = algorithm
+    wrong |= _other_numbers(evidence.quantization)
     if wrong:
         told = ", ".join(f"{place} is {shown(value)}" for place, value in wrong.items())
-        yield found("Q03", list(wrong), f"{told}; needed are 'modelopt' and 'NVFP4'.")
+        yield found("Q03", list(wrong), f"{told}; needed are 'modelopt' and 'NVFP4', 4-bit floats.")
+
+
+def _other_numbers(block: JsonObject) -> dict[str, object]:
+    """Schemes of config_groups whose numbers are no 4-bit floats, with the key that says so."""
+    groups = block.get("config_groups")
+    return {
+        key_of(f"{BLOCK}.config_groups.{group}.{part}.{key}"): scheme[key]
+        for group, schemes in (groups.items() if isinstance(groups, dict) else ())
+        for part in ("weights", "input_activations")
+        if isinstance(schemes, dict) and isinstance(scheme := schemes.get(part), dict)
+        for key, wanted in (("num_bits", 4), ("type", "float"))
+        if scheme.get(key, wanted) != wanted
+    }
 
 
 def _is_fp8(evidence: Evidence) -> bool:

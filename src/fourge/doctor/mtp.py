@@ -7,9 +7,8 @@ Q09 (exclusion.py). Imports no torch.
 import re
 from collections.abc import Iterator
 
-from fourge.checkpoint.header import TensorInfo
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP, Role, layer_name
-from fourge.doctor.evidence import MODEL_CARD, Evidence
+from fourge.doctor.evidence import MODEL_CARD, Evidence, same
 from fourge.doctor.findings import Finding, found
 from fourge.doctor.sharing import INDEXER, KEY_BIAS, PLAIN_DTYPES
 from fourge.models.tensors import layer_shapes
@@ -20,9 +19,6 @@ OWN_PARTS = {
     "embed_tokens.weight": "model.embed_tokens.weight",
     "shared_head.head.weight": "lm_head.weight",
 }
-PIECE_BYTES = 4 << 20
-# Of tensors on a hub only the first piece is compared.
-PIECES_REMOTE = 1
 MTP_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]*-MTP\b")
 
 
@@ -93,20 +89,8 @@ def _own_parts(evidence: Evidence, layer: int) -> Iterator[Finding]:
     for suffix, shared in OWN_PARTS.items():
         own = evidence.tensors.get(layer_name(layer, suffix))
         theirs = evidence.tensors.get(shared)
-        if own is not None and theirs is not None and not _same(evidence, own, theirs):
+        if own is not None and theirs is not None and not same(evidence, own, theirs):
             different.append(own.name)
     if different:
         message = "it is not the model's; GLM's MTP layer has none of its own."
         yield found("M03", different, message)
-
-
-def _same(evidence: Evidence, own: TensorInfo, theirs: TensorInfo) -> bool:
-    if (own.dtype, own.shape) != (theirs.dtype, theirs.shape):
-        return False
-    starts = range(0, own.nbytes, PIECE_BYTES)
-    for begin in starts if evidence.files.is_local else starts[:PIECES_REMOTE]:
-        count = min(PIECE_BYTES, own.nbytes - begin)
-        pieces = [evidence.files.read(one.file, one.start + begin, count) for one in (own, theirs)]
-        if pieces[0] != pieces[1]:
-            return False
-    return True

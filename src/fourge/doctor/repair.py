@@ -191,7 +191,7 @@ def _what(finding: Finding, replacement: Replacement, restored: Restored) -> str
         return None
     if rule in restored.done:
         return restored.done[rule]
-    if rule == "X01" and not replacement.from_source:
+    if rule in ("X01", "X09") and not replacement.from_source:
         return None
     if rule in MISSING_RULES:
         return replacement.told_all() or "index made anew"

@@ -12,6 +12,7 @@ import torch
 
 from fourge.checkpoint.names import PROJECTIONS, expert_name, find
 from fourge.checkpoint.writer import OutTensor
+from fourge.doctor.activations import is_weight_only
 from fourge.doctor.comparison import Weights
 from fourge.doctor.copying import copy_tensors
 from fourge.doctor.evidence import Evidence, Projection
@@ -19,7 +20,7 @@ from fourge.doctor.findings import Finding
 from fourge.doctor.inputs import fitting_inputs
 from fourge.doctor.mending import PARTS, Mended, Mender
 from fourge.doctor.rewriting import Made, Output
-from fourge.doctor.scales import POOLS, is_weight_only, pool_of
+from fourge.doctor.scales import POOLS, pool_of
 from fourge.doctor.suspects import Diagnosis
 from fourge.formats.layout import packed_shape, scale_shape
 from fourge.models.config import ModelConfig
@@ -199,10 +200,11 @@ def _out_tensor(evidence: Evidence, config: ModelConfig | None, name: str) -> Ou
     assert parsed.projection is not None
     dtype = DTYPES[parsed.part]
     own = evidence.tensors.get(name)
-    if own is not None and own.dtype == dtype and (config is None or len(own.shape) < 2):
-        return OutTensor(name, dtype, own.shape)
     if parsed.part in ("weight_scale_2", "input_scale"):
-        return OutTensor(name, dtype, ())
+        is_scalar = own is not None and own.shape in ((), (1,))
+        return OutTensor(name, dtype, own.shape if own is not None and is_scalar else ())
+    if own is not None and own.dtype == dtype and config is None:
+        return OutTensor(name, dtype, own.shape)
     assert config is not None
     shape = projection_shape(config, parsed.projection)
     return OutTensor(

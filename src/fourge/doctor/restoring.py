@@ -110,7 +110,9 @@ def _config_text(
     for own in keys.values():
         for key, value in own.items():
             raw.pop(key, None) if value is None else raw.update({key: value})
-    if not keys or not evidence.raw:
+    if evidence.raw_problem is not None and evidence.raw:
+        restored.done["C06"] = "config.json written anew, each key once"
+    elif not keys or not evidence.raw:
         return None
     changed = [key for key in {**raw, **evidence.raw} if raw.get(key) != evidence.raw.get(key)]
     told = f"config.json: {', '.join(changed)} set to what the tensors and the tokenizer say"

@@ -1,10 +1,9 @@
-"""Rules S and A on scalars: every expert's weight_scale_2 and input_scale, as engines merge them.
+"""Rules S on scalars: every expert's weight_scale_2, and scales that should not be there.
 
-vLLM and SGLang take the gate's weight_scale_2 for both gate and up, and most of their kernels the
-largest input_scale of a layer (vllm 0.33.0 modelopt.py:1055-1063, flashinfer_fp4_moe.py:386-397;
-sglang 0.5.23 modelopt_quant.py:2744-2810), so that one expert can spoil a layer. Thresholds of the
-warnings are ratios that fourge's and nvidia-modelopt's own checkpoints stay far below.
-Block scales: blocks.py. Imports no torch.
+vLLM and SGLang take the gate's weight_scale_2 for both gate and up (vllm 0.33.0
+modelopt.py:1055-1063; sglang 0.5.23 modelopt_quant.py:2744-2757). Thresholds of the warnings are
+ratios that fourge's and nvidia-modelopt's own checkpoints stay far below.
+Block scales: blocks.py; input_scale: activations.py. Imports no torch.
 """
 
 import math
@@ -12,8 +11,9 @@ import statistics
 import struct
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from fourge.checkpoint.header import TensorInfo
 from fourge.checkpoint.names import PROJECTIONS
 from fourge.doctor.evidence import Evidence, Projection
 from fourge.doctor.files import read_tensors
@@ -21,15 +21,12 @@ from fourge.doctor.findings import Finding, found
 
 SMALLEST_NORMAL = 2.0**-126
 PAIR_TOLERANCE = 1e-5
-# What tools write for an expert that saw no token, as float32: 0.5/2688, 6/2688, 1.
-FALLBACKS = tuple(struct.unpack("<f", struct.pack("<f", x))[0] for x in (0.5 / 2688, 6 / 2688, 1))
-# A value shared by this part of a layer's experts, and so much oftener than any other, is no
-# measurement.
-FALLBACK_SHARE, FALLBACK_LEAD, POLICY_SHARE = 0.05, 3, 0.75
-OUTLIER = 50.0  # largest input_scale of a layer over the median
-WIDE = 16.0  # the same; not yet harmful
 LARGE_SCALE_2 = 1000.0  # weight_scale_2 over the median of a layer
-RESOLUTION = 6 * 2.0**-9  # smallest block amax that survives, per input_scale
+# The same of weights (block scale times weight_scale_2) that are typical of their projection: a few
+# large weights of an expert do not move them, another expert's weight_scale_2 does.
+LOUD, QUIET = 8.0, 1 / 64
+MOST_WEIGHT = 1000.0  # no model has weights as large
+LARGEST_PRODUCT = 6 * 448  # of code and block scale
 # Kinds of scales that engines pool.
 POOLS = {"gate_up": PROJECTIONS[:2], "down": PROJECTIONS[2:]}
 KV_SCALES = (".k_scale", ".v_scale", ".kv_scale")
@@ -60,38 +57,22 @@ def pool_of(name: str) -> str:
     return next(pool for pool, names in POOLS.items() if name in names)
 
 
-def check_scalars(evidence: Evidence, told: Collection[str] = ()) -> Iterator[Finding]:
-    """S03, S04, S05, S11, S12, S13, all of A, and Q16. ``told``: weight_scale_2 that S01 names."""
+def check_scalars(
+    evidence: Evidence, told: Collection[str], typical: Mapping[str, float]
+) -> Iterator[Finding]:
+    """S03, S04, S05, S11, S12, S13 and Q16. ``told``: weight_scale_2 that S01 names;
+    ``typical``: the median block scale by weight_scale_2, of those that were read.
+    """
     yield from _weight_scales(evidence, told)
-    unequal = _unequal(evidence, "weight_scale_2", PAIR_TOLERANCE)
+    unequal = unequal_pairs(evidence, "weight_scale_2", PAIR_TOLERANCE)
     yield from _gated_pairs(evidence, unequal)
-    yield from _scale_2_outliers(evidence, unequal)
+    yield from _scale_2_outliers(evidence, unequal, typical)
     yield from _other_schemes(evidence)
     yield from _needless_scales(evidence)
-    yield from _input_scales(evidence)
     yield from _kv_scales(evidence)
 
 
-def input_scale_figures(evidence: Evidence) -> list[dict[str, Any]]:
-    """Per layer and pool: the scale that most kernels will use, and the floor it sets (A07)."""
-    rows = []
-    for (layer, pool), scales in _pools(evidence, "input_scale").items():
-        values = [scale.value for scale in scales if is_usable(scale.value)]
-        if values:
-            rows.append(
-                {
-                    "layer": layer,
-                    "projections": pool,
-                    "largest": max(values),
-                    "median": statistics.median(values),
-                    "smallest": min(values),
-                    "floor": RESOLUTION * max(values),
-                }
-            )
-    return rows
-
-
-def _pools(evidence: Evidence, part: str) -> dict[tuple[int, str], list[Scale]]:
+def pools_of(evidence: Evidence, part: str) -> dict[tuple[int, str], list[Scale]]:
     """(layer, pool) -> the scales that are there, in the order of experts."""
     pools: dict[tuple[int, str], list[Scale]] = {}
     for layer, experts in evidence.by_layer.items():
@@ -113,21 +94,23 @@ def _pools(evidence: Evidence, part: str) -> dict[tuple[int, str], list[Scale]]:
 def _weight_scales(evidence: Evidence, told: Collection[str]) -> Iterator[Finding]:
     bad = [
         scale
-        for scales in _pools(evidence, "weight_scale_2").values()
+        for scales in pools_of(evidence, "weight_scale_2").values()
         for scale in scales
         if not is_usable(scale.value) and scale.tensor not in told
     ]
     if bad:
-        yield found("S03", [scale.tensor for scale in bad], _unusable(bad))
+        yield found("S03", [scale.tensor for scale in bad], describe_unusable(bad))
 
 
-def _unusable(scales: list[Scale]) -> str:
+def describe_unusable(scales: list[Scale]) -> str:
     kinds = Counter(f"{scale.value:g}" for scale in scales)
     told = ", ".join(f"{value} {count:,} times" for value, count in kinds.most_common(4))
     return f"unusable scales: {told}."
 
 
-def _unequal(evidence: Evidence, part: str, tolerance: float) -> dict[str, tuple[float, float]]:
+def unequal_pairs(
+    evidence: Evidence, part: str, tolerance: float
+) -> dict[str, tuple[float, float]]:
     """Experts whose gate and up have different usable scales, with both."""
     unequal = {}
     for experts in evidence.by_layer.values():
@@ -155,21 +138,54 @@ def _gated_pairs(
     yield found("S04", unequal, message)
 
 
-def _scale_2_outliers(evidence: Evidence, unequal: Mapping[str, object]) -> Iterator[Finding]:
+def _scale_2_outliers(
+    evidence: Evidence, unequal: Mapping[str, object], typical: Mapping[str, float]
+) -> Iterator[Finding]:
+    """S05."""
+    pools = pools_of(evidence, "weight_scale_2").values()
+    usable = [[scale for scale in scales if is_usable(scale.value)] for scales in pools]
+    every = [scale for scales in usable for scale in scales]
+    if every and LARGEST_PRODUCT * statistics.median(one.value for one in every) > MOST_WEIGHT:
+        largest = LARGEST_PRODUCT * max(one.value for one in every)
+        message = (
+            f"weights up to {largest:.3g} would follow: is it stored as its reciprocal, as"
+            " compressed-tensors does?"
+        )
+        yield found("S05", [one.tensor for one in every], message, severity="error")
+        return
     outliers: dict[str, float] = {}
-    for scales in _pools(evidence, "weight_scale_2").values():
-        usable = [scale for scale in scales if is_usable(scale.value)]
-        median = statistics.median(scale.value for scale in usable) if usable else 0.0
+    for scales in usable:
         outliers |= {
-            scale.tensor: scale.value / median
-            for scale in usable
-            if scale.value > LARGE_SCALE_2 * median
-            and expert_place(scale.projection) not in unequal
+            name: ratio
+            for name, ratio in _ratios({one.tensor: one.value for one in scales}).items()
+            if ratio > LARGE_SCALE_2
         }
+        for kind in PROJECTIONS:
+            weights = {
+                one.tensor: one.value * typical[one.tensor]
+                for one in scales
+                if one.projection.name == kind and typical.get(one.tensor)
+            }
+            outliers |= {
+                name: ratio
+                for name, ratio in _ratios(weights).items()
+                if not QUIET <= ratio <= LOUD
+            }
+    places = {one.tensor: expert_place(one.projection) for one in every}
+    outliers = {name: ratio for name, ratio in outliers.items() if places[name] not in unequal}
     if outliers:
-        worst = max(outliers, key=lambda name: outliers[name])
-        message = f"{worst} is {outliers[worst]:.3g} times the median of its layer."
+        worst = max(outliers, key=lambda name: abs(math.log(outliers[name])))
+        message = (
+            f"by {worst} and its block scales, weights are {outliers[worst]:.3g} times those of"
+            " the other experts of the layer."
+        )
         yield found("S05", outliers, message)
+
+
+def _ratios(values: Mapping[str, float]) -> dict[str, float]:
+    """Each value over the median of all."""
+    median = statistics.median(values.values()) if values else 1.0
+    return {name: value / median for name, value in values.items()}
 
 
 # ---- scales that should not be there, and other schemes
@@ -218,7 +234,7 @@ def _other_schemes(evidence: Evidence) -> Iterator[Finding]:
         yield found("S13", packed, message)
 
 
-def _read_scalars(evidence: Evidence, infos: list[Any]) -> dict[str, float]:
+def _read_scalars(evidence: Evidence, infos: list[TensorInfo]) -> dict[str, float]:
     return {
         info.name: struct.unpack("<f", data)[0]
         for info, data in read_tensors(evidence.files, infos)
@@ -240,125 +256,3 @@ def _kv_scales(evidence: Evidence) -> Iterator[Finding]:
     if bad:
         told = ", ".join(f"{value:g}" for value in list(bad.values())[:4])
         yield found("Q16", bad, f"scales of the KV cache are {told}.")
-
-
-# ---- input_scale
-
-
-def is_weight_only(evidence: Evidence) -> bool:
-    """Whether the metadata say that activations are not quantized."""
-    blocks = (evidence.quantization, evidence.nested)
-    if any(str(block.get("quant_algo")).upper() == "W4A16_NVFP4" for block in blocks):
-        return True
-    groups = evidence.quantization.get("config_groups")
-    return (
-        isinstance(groups, dict)
-        and bool(groups)
-        and all(
-            isinstance(group, dict) and group.get("input_activations") is None
-            for group in groups.values()
-        )
-    )
-
-
-def _input_scales(evidence: Evidence) -> Iterator[Finding]:
-    packed = [one for one in evidence.experts.values() if one.is_packed]
-    absent = [
-        one.tensor("input_scale")
-        for one in packed
-        if "input_scale" not in one.parts and one.tensor("input_scale") not in evidence.lost
-    ]
-    if absent and len(absent) == len(packed):
-        if not is_weight_only(evidence):
-            message = (
-                "no expert has an input_scale, and the metadata declare quantized activations."
-            )
-            yield found("A09", ["config.json: quantization_config"], message)
-        return
-    if absent:
-        message = f"{len(absent):,} of {len(packed):,} projections have no input_scale."
-        yield found("A01", absent, message)
-    pools = _pools(evidence, "input_scale")
-    bad = [one for scales in pools.values() for one in scales if not is_usable(one.value)]
-    if bad:
-        yield found("A02", [scale.tensor for scale in bad], _unusable(bad))
-    unequal = _unequal(evidence, "input_scale", 0.0)
-    yield from _unequal_inputs(unequal)
-    yield from _distributions(pools, unequal)
-
-
-def _unequal_inputs(unequal: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
-    if unequal:
-        place, (gate, up) = next(iter(unequal.items()))
-        message = (
-            f"gate and up of {len(unequal):,} experts have different input_scale, though they see"
-            f" the same input: {gate:g} and {up:g} in {place}."
-        )
-        yield found("A03", unequal, message)
-
-
-def _distributions(
-    pools: Mapping[tuple[int, str], list[Scale]], unequal: Mapping[str, object]
-) -> Iterator[Finding]:
-    """A04, A05, A06, A08, A11: values that are no measurements, and layers that one expert sets.
-    Experts that A02 or A03 names are left out.
-    """
-    usable = {
-        key: kept
-        for key, scales in pools.items()
-        if (kept := [one for one in scales if _is_sound(one, unequal)])
-    }
-    values = {scale.value for scales in usable.values() for scale in scales}
-    if values == {1.0}:
-        places = [f"model.layers.{layer}.mlp.experts" for layer, _ in usable]
-        message = f"every input_scale is 1: blocks of inputs below {RESOLUTION:.3g} become zeros."
-        yield found("A06", list(dict.fromkeys(places)), message)
-        return
-    ones, filled, outliers, wide = [], [], [], []
-    for scales in usable.values():
-        others = [scale.value for scale in scales if scale.value != 1.0]
-        if others and len(others) < len(scales) and WIDE * statistics.median(others) < 1.0:
-            ones += [scale for scale in scales if scale.value == 1.0]
-            scales = [scale for scale in scales if scale.value != 1.0]
-        filled += _filled(scales)
-        median = statistics.median(scale.value for scale in scales)
-        largest = max(scales, key=lambda scale: scale.value)
-        if largest.value > OUTLIER * median:
-            outliers.append((largest, largest.value / median))
-        elif largest.value > WIDE * median:
-            wide.append((largest, largest.value / median))
-    if ones:
-        message = (
-            f"{len(ones):,} input_scale are exactly 1, far above their layer: no measurement; the"
-            " largest of a layer sets the resolution of all."
-        )
-        yield found("A08", [scale.tensor for scale in ones], message)
-    if filled:
-        told = ", ".join(f"{value:.6g}" for value in sorted({one.value for one in filled})[:4])
-        message = f"{len(filled):,} projections share one filled-in value of their layer ({told})."
-        yield found("A04", [scale.tensor for scale in filled], message)
-    for rule, ratios in (("A05", outliers), ("A11", wide)):
-        if ratios:
-            worst, ratio = max(ratios, key=lambda one: one[1])
-            message = f"{worst.tensor} is {ratio:.3g} times the median of its layer."
-            yield found(rule, [scale.tensor for scale, _ in ratios], message)
-
-
-def _is_sound(scale: Scale, unequal: Mapping[str, object]) -> bool:
-    return is_usable(scale.value) and expert_place(scale.projection) not in unequal
-
-
-def _filled(scales: list[Scale]) -> list[Scale]:
-    """Scales that hold the layer's largest value, or a tool's fallback, too often to be measured.
-
-    One value for all, or nearly all, experts is a policy: engines use the largest anyway.
-    """
-    counts = Counter({scale.projection.expert: scale.value for scale in scales}.values())
-    if len(counts) < 2:
-        return []
-    (value, count), (_, second) = counts.most_common(2)
-    many = count >= max(2, FALLBACK_SHARE * counts.total()) and count >= FALLBACK_LEAD * second
-    shared = count > POLICY_SHARE * counts.total()
-    if not many or not (value in FALLBACKS or (value == max(counts) and not shared)):
-        return []
-    return [scale for scale in scales if scale.value == value]

@@ -14,10 +14,10 @@ from fourge.doctor.sharing import SHARING_KEYS
 from fourge.models.config import ModelConfig
 
 # Routing: what every model of these families has, and what a key means that is absent.
-ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
-ROUTING_DEFAULTS = {
-    **ROUTING, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1
-}  # fmt: skip
+ROUTING = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+# GLM's factors; a deepseek_v3 may be Kimi's.
+FACTORS = {"glm_moe_dsa": 2.5, "glm4_moe_lite": 1.8}
+ROUTING_DEFAULTS = {**ROUTING, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1}
 # Published without the key; engines know the family.
 NOT_PUBLISHED = {("glm4_moe_lite", "scoring_func")}
 # rope_theta -> max_position_embeddings of GLM-5 and 5.1, and of 5.2 and 5.3
@@ -42,6 +42,8 @@ def check_routing(raw: JsonObject, evidence: Evidence) -> Iterator[Correction]:
     keys: JsonObject = {}
     for key, default in ROUTING_DEFAULTS.items():
         value, wanted = raw.get(key), theirs.get(key, ROUTING.get(key))
+        if key == "routed_scaling_factor" and value == default and not theirs:
+            wanted = FACTORS.get(str(raw.get("model_type")))
         optional = (raw.get("model_type"), key) in NOT_PUBLISHED or (theirs and wanted is None)
         if value is None and not optional:
             wrong[key] = f"{key} is missing"

@@ -26,6 +26,7 @@ VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 # Roles of which an engine never builds a quantized module.
 NEVER_QUANTIZED = {Role.EMBEDDING, Role.FINAL_NORM, Role.NORM, Role.ROUTER}
 NORMS = ("q_a_layernorm.weight", "kv_a_layernorm.weight")
+F16_LOST_BITS = 0x1FFF  # of a float32's fraction; BF16 loses these and three more
 FORMATS = {"U8": "NVFP4", "I8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
 
 
@@ -69,7 +70,7 @@ def _vocabulary(evidence: Evidence, config: ModelConfig) -> Iterator[Finding]:
 
 
 def _correction_biases(evidence: Evidence) -> Iterator[Finding]:
-    """D01: the dtype, and whether the values have ever been in BF16."""
+    """D01: the dtype, and whether the values are numbers that have never been in 16 bits."""
     biases = [
         info
         for name, info in evidence.tensors.items()
@@ -77,21 +78,25 @@ def _correction_biases(evidence: Evidence) -> Iterator[Finding]:
     ]
     recast = [info.name for info in biases if info.dtype != "F32"]
     plain = [info for info in biases if info.dtype == "F32"]
-    collapsed = [
-        info.name for info, data in read_tensors(evidence.files, plain) if _is_collapsed(data)
-    ]
+    values = [(info.name, data) for info, data in read_tensors(evidence.files, plain)]
+    collapsed = [name for name, data in values if is_collapsed(data)]
+    broken = [name for name, data in values if not np.isfinite(np.frombuffer(data, "<f4")).all()]
     if recast:
         dtype = next(info.dtype for info in biases if info.dtype != "F32")
         yield found("D01", recast, f"{len(recast)} correction biases are {dtype}.")
     if collapsed:
-        message = f"every value of {len(collapsed)} correction biases is one of BF16."
+        message = f"every value of {len(collapsed)} correction biases is one of BF16 or F16."
         yield found("D01", collapsed, message)
+    if broken:
+        yield found("D01", broken, f"{len(broken)} correction biases hold NaN or infinity.")
 
 
-def _is_collapsed(data: bytes) -> bool:
-    """Zeros, of a model that was never balanced, are left out, and a single expert."""
+def is_collapsed(data: bytes) -> bool:
+    """Whether float32 values have no more bits than BF16 or F16 holds. Zeros, of a model that was
+    never balanced, are left out, and a single expert.
+    """
     bits = np.frombuffer(data, np.uint32)
-    return len(bits) > 1 and bool(bits.any()) and not (bits & 0xFFFF).any()
+    return len(bits) > 1 and bool(bits.any()) and not (bits & F16_LOST_BITS).any()
 
 
 def _never_quantized(evidence: Evidence) -> Iterator[Finding]:
@@ -164,6 +169,9 @@ def _shapes(evidence: Evidence, config: ModelConfig, mixed: Collection[str]) -> 
             larger[info.name] = told
         else:
             wrong[info.name] = told
+    # Where the codes have another shape too, it is not the blocks.
+    wrong |= {name: told for name, told in larger.items() if name.removesuffix("_scale") in wrong}
+    larger = {name: told for name, told in larger.items() if name not in wrong}
     for rule, told in (("D03", wrong), ("D04", larger)):
         if told:
             name = next(iter(told))
@@ -199,7 +207,9 @@ def _expected(
             continue
         if routers_differ and ".mlp.gate." in name:
             continue
-        yield info, info.dtype, shape
+        # F32 holds every BF16 value; F16 does not.
+        recast = info.dtype == "F16" and evidence.raw.get("dtype", "bfloat16") == "bfloat16"
+        yield info, "BF16" if recast else info.dtype, shape
 
 
 def _plain_shapes(evidence: Evidence, config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -82,8 +82,9 @@ def _index(evidence: Evidence, shards: Mapping[str, list[Output]]) -> Index | No
     if evidence.index is None and set(shards) == {SINGLE_NAME}:
         return None
     weight_map = {one.tensor.name: file for file, own in shards.items() for one in own}
-    if weight_map == evidence.index:
-        return INDEX_NAME, None
     total = sum(one.tensor.nbytes for own in shards.values() for one in own)
+    fits = weight_map == evidence.index and evidence.total_size in (None, total)
+    if fits and evidence.index_problem is None:
+        return INDEX_NAME, None
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return INDEX_NAME, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()

@@ -5,7 +5,7 @@ projections are compared, but other experts only by their first rows.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,12 +70,11 @@ def diagnose(
     return result
 
 
-def check_diagnoses(diagnoses: Sequence[Diagnosis], told: Collection[str]) -> Iterator[Finding]:
-    """One finding per rule and cause. ``told``: tensors that other rules name already."""
+def check_diagnoses(diagnoses: Sequence[Diagnosis]) -> Iterator[Finding]:
+    """One finding per rule and cause."""
     causes: dict[tuple[str, str], list[Diagnosis]] = {}
     for one in diagnoses:
-        if one.projection.tensor() not in told:
-            causes.setdefault((one.rule, one.cause), []).append(one)
+        causes.setdefault((one.rule, one.cause), []).append(one)
     for (rule, _), own in causes.items():
         places = [one.projection.tensor() for one in own]
         yield found(rule, places, f"{places[0]} {own[0].told}.")

@@ -12,11 +12,15 @@ from typing import NamedTuple
 import numpy as np
 
 from fourge.checkpoint.header import TensorInfo
+from fourge.checkpoint.names import Role
 from fourge.doctor.evidence import CORRECTION_BIAS, Evidence
 from fourge.doctor.findings import Finding, found
 from fourge.doctor.passes import Progress, in_parallel, num_workers
+from fourge.doctor.shapes import is_collapsed
+from fourge.doctor.sharing import PLAIN_DTYPES
 
 PIECE_BYTES = 4 << 20
+FIRST_BYTES = 4096
 
 
 class Pair(NamedTuple):
@@ -59,10 +63,33 @@ def check_unquantized(
 
 
 def check_empty(evidence: Evidence) -> Iterator[Finding]:
-    """K08 from headers: tensors without elements."""
+    """K08 without a source: tensors without elements, and what is never all zero."""
     empty = [name for name, info in evidence.tensors.items() if not info.nbytes]
     if empty:
         yield found("K08", empty, f"{len(empty):,} tensors have no elements.")
+    if evidence.source is None and evidence.files.is_local:
+        zero = [
+            name
+            for name, parsed in evidence.names.items()
+            if parsed is not None
+            and parsed.role != Role.ROUTED_EXPERT
+            and name.endswith(".weight")
+            and evidence.tensors[name].dtype in PLAIN_DTYPES
+            and _is_zero(evidence, evidence.tensors[name])
+        ]
+        if zero:
+            yield found("K08", zero, f"{len(zero):,} tensors are all zero.")
+
+
+def _is_zero(evidence: Evidence, info: TensorInfo) -> bool:
+    """Whether a tensor has elements, all of them 0. Of one that has not, little is read."""
+    begin, count = 0, FIRST_BYTES
+    while begin < info.nbytes:
+        data = evidence.files.read(info.file, info.start + begin, min(count, info.nbytes - begin))
+        if np.frombuffer(data, np.uint8).any() or not data:
+            return False
+        begin, count = begin + len(data), PIECE_BYTES
+    return info.nbytes > 0
 
 
 def _is_recast(pair: Pair) -> bool:
@@ -104,11 +131,11 @@ def _compare(
 
 
 def _collapsed(evidence: Evidence, info: TensorInfo) -> bool:
-    """Whether this is a correction bias that went through BF16: rule D01 names it."""
+    """Whether this is a correction bias that rule D01 names: it went through 16 bits, or is NaN."""
     if not info.name.endswith(CORRECTION_BIAS) or info.dtype != "F32":
         return False
-    bits = np.frombuffer(evidence.files.read(info.file, info.start, info.nbytes), np.uint32)
-    return bool(bits.any()) and not (bits & 0xFFFF).any()
+    data = evidence.files.read(info.file, info.start, info.nbytes)
+    return is_collapsed(data) or not np.isfinite(np.frombuffer(data, "<f4")).all()
 
 
 def _zeros(different: list[Difference]) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ import torch
 from fourge.formats import cache_rows
 from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.models.config import ModelConfig
+from fourge.models.decode import Rows
 from fourge.models.mla import Latents
 
 PLAIN_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -79,6 +80,17 @@ class PagedCache:
             rows[slot_T] = torch.cat([latents.latent_MLC, latents.rope_key_MLR], -1).to(rows.dtype)
         if key_TI is not None:
             self._write_index_keys(layer, slot_T, key_TI)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether ``rows`` can be had: float32 on the CPU."""
+        return self._latents[0].dtype == torch.float32 and self._latents[0].device.type == "cpu"
+
+    def rows(self, layer: int) -> Rows:
+        """The layer's memory itself, if it is plain."""
+        index_keys, size = self._index_keys[layer], self._config.index_head_dim
+        keys_ZI = torch.empty(0, 1) if index_keys is None else index_keys.view(-1, size)
+        return Rows(self._latents[layer].numpy(), keys_ZI.numpy())
 
     def read_latents(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         """[..., C + R] of slots of any shape."""

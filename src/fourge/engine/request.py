@@ -5,6 +5,7 @@ has not gone through the model. ``drafts`` stand for the tokens after it; they a
 request is preempted, so that a seed gives the same tokens whatever happens to it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -89,3 +90,11 @@ class Chunk(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.num_committed + len(self.drafts)
+
+
+class Part(NamedTuple):
+    """Consecutive positions of one sequence."""
+
+    pages: Sequence[int]
+    position: int
+    num_tokens: int

@@ -9,16 +9,16 @@ Knows no sampling: who drafts is asked for every draft.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from typing import NamedTuple
+from itertools import groupby, takewhile
 
 import numpy as np
 import torch
 
 from fourge.engine.cache import PagedCache
+from fourge.engine.decoding import Decoder, can_decode
 from fourge.engine.loader import Loaded
 from fourge.engine.pages import NOBODY, pages_for
-from fourge.engine.request import Chunk, Request
+from fourge.engine.request import Chunk, Part, Request
 from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer
 from fourge.models.config import ModelConfig
@@ -33,14 +33,6 @@ from fourge.models.rope import RopeTable, rope_table
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
 
 
-class Part(NamedTuple):
-    """Consecutive positions of one sequence."""
-
-    pages: Sequence[int]
-    position: int
-    num_tokens: int
-
-
 class Runner:
     """A loaded model with its cache."""
 
@@ -51,6 +43,9 @@ class Runner:
         self._weights, self._config, self._cache = weights, config, cache
         self._dtype, self._device = dtype, weights.embedding.device
         self._rope = rope_table(config, num_positions, self._device)
+        self._decoder: Decoder | None = None
+        if can_decode(weights, config, cache):
+            self._decoder = Decoder(weights, config, cache, self._rope)
 
     def target(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Hidden states [T, D] after the final norm, of the chunks' tokens one after the other."""
@@ -61,7 +56,7 @@ class Runner:
         parts = [Part(one.request.pages, one.start, one.num_tokens) for one in chunks]
         hidden_TD = self._embed(torch.tensor(tokens, device=self._device))
         layers = range(self._config.num_hidden_layers)
-        hidden_TD = self._layers(hidden_TD, self._step(parts, first=0), layers)
+        hidden_TD = self._layers(hidden_TD, parts, layers, first=0)
         hidden_TD = rms_norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
         if len(self._cache.last_hidden_PD):
             self._keep_last_hidden(hidden_TD, parts)
@@ -127,15 +122,31 @@ class Runner:
         table = weights.get("embed_tokens.weight", self._weights.embedding)
         embedding_TD = self._embed(torch.as_tensor(tokens, device=self._device), table)
         joined_TD = mtp_input(hidden_TD, embedding_TD, weights, self._config)
-        step = self._step(parts, first=1)
-        joined_TD = self._layers(joined_TD, step, range(layer, layer + 1))
+        joined_TD = self._layers(joined_TD, parts, range(layer, layer + 1), first=1)
         return mtp_output(joined_TD, weights, self._config)
 
     def _embed(self, token_T: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         table = self._weights.embedding if table is None else table
         return table.index_select(0, token_T).to(self._dtype)
 
-    def _layers(self, hidden_TD: torch.Tensor, step: Step, layers: range) -> torch.Tensor:
+    def _layers(
+        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layers: range, *, first: int
+    ) -> torch.Tensor:
+        """``first``: see Run. Sequences do not see each other: few tokens go the fast way."""
+        if self._decoder is None:
+            return self._reference(hidden_TD, parts, layers, first)
+        few = list(takewhile(lambda part: part.num_tokens <= FEW_QUERIES, parts))
+        rows, many, done = sum(part.num_tokens for part in few), parts[len(few) :], []
+        if few:
+            done.append(self._decoder.run(hidden_TD[:rows], few, layers, first=first))
+        if many:
+            done.append(self._reference(hidden_TD[rows:], many, layers, first))
+        return torch.cat(done)
+
+    def _reference(
+        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layers: range, first: int
+    ) -> torch.Tensor:
+        step = self._step(parts, first=first)
         selections: Selections = [None] * len(step.runs)
         for layer in layers:
             hidden_TD, selections = cached_layer(

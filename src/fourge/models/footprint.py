@@ -39,6 +39,31 @@ def compute_bytes(config: ModelConfig, load: Load, *, itemsize: int) -> int:
     return round(max(attention, moe, dense) * (1 + ALLOCATOR_SLACK))
 
 
+def cache_bytes_per_token(config: ModelConfig, dtype: str, *, mtp: bool = False) -> int:
+    """What one token takes in a serving engine's KV cache; every tensor-parallel rank holds it.
+
+    dtype: "fp8", "nvfp4" or "bf16". With sparse attention fp8 is the layout fp8_ds_mla: latent
+    in E4M3 with one float32 scale per 128 values, rotary part in BF16 (GLM: 512 + 16 + 128 = 656),
+    and nvfp4 is nvfp4_ds_mla (latent in half the bytes, scales per 16, GLM: 256 + 32 + 64 = 352).
+    A layer with an indexer adds its key in E4M3 and one float32 scale per 128 (GLM: 132). Without
+    an indexer fp8 is latent and rotary part in E4M3.
+    vllm 0.33.0 mla_attention.py:357-375, kernels.py:96-119; sglang 0.5.23
+    kv_cache_configurator.py:3412-3470.
+    """
+    layers = range(config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0))
+    latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    if dtype == "bf16":
+        entry = 2 * (latent + rope)
+    elif dtype == "nvfp4":
+        entry = latent // 2 + latent // 16 + rope
+    elif config.uses_dsa:
+        entry = latent + 4 * -(-latent // 128) + 2 * rope
+    else:
+        entry = latent + rope
+    key = config.index_head_dim + 4 * -(-config.index_head_dim // 128)
+    return entry * len(layers) + key * sum(map(config.has_indexer, layers))
+
+
 def _attention(config: ModelConfig, load: Load, itemsize: int, cast: int) -> int:
     hidden = config.hidden_size
     # Sequences go side by side up to RUN_TOKENS; a longer one goes alone.

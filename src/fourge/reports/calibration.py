@@ -14,7 +14,7 @@ MOST_OUTLIERS = 10
 COVERAGE_INTRO = (
     "Which experts the calibration data reached, with the router's own choices. An expert that no"
     " token reached is quantized well all the same (its weights decide that), but its input_scale"
-    " is then borrowed from the others of its layer."
+    " is then borrowed from the others of its layer. Red: no token in that pass."
 )
 AMAX_INTRO = (
     "The largest absolute value that went into an expert sets its input_scale. Engines take the"

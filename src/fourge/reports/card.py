@@ -6,8 +6,9 @@ is said to be so. The last line holds a hash of the card, by which fourge knows 
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import yaml
@@ -17,7 +18,6 @@ from fourge.layerwise.budget import format_bytes
 from fourge.reports.evaluations import Evaluation, Lane, Plain
 from fourge.reports.page import TEMPLATES
 from fourge.reports.records import Records
-from fourge.reports.serving import serve_commands
 from fourge.reports.wording import (
     changed_since,
     doctor_verdict,
@@ -33,11 +33,22 @@ from fourge.reports.wording import (
 )
 
 SEAL = re.compile(r"<!-- made by fourge [^ ]+, sha256 ([0-9a-f]{64}) -->\n\Z")
+
+
+class ServeCommand(NamedTuple):
+    """How an engine is started on some machine: ``title`` names both."""
+
+    title: str
+    text: str
+
+
 # What a header of the source's card may hand on: facts about the model, not about its files.
 HANDED_ON = ("license", "license_name", "license_link", "language")
 
 
-def render_card(records: Records, source_card: str | None) -> str:
+def render_card(
+    records: Records, source_card: str | None, commands: Sequence[ServeCommand] = ()
+) -> str:
     """The card as Markdown, sealed. ``source_card``: that of the BF16 model, for its licence."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -61,11 +72,11 @@ def render_card(records: Records, source_card: str | None) -> str:
         measured=_measured(latest) if latest else [],
         changed=latest is not None and changed_since(latest.receipt.files, records),
         doctor=_doctor(records),
-        commands=serve_commands(records),
+        commands=commands,
         text=_WORDS,
         version=__version__,
     )
-    return seal(body)
+    return seal(body + "\n\n")
 
 
 def seal(body: str) -> str:

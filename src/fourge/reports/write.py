@@ -1,12 +1,13 @@
 """Write the report and the card into the checkpoint, and nothing over what a person wrote."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fourge.checkpoint.writer import write_file, writing
 from fourge.layerwise.folders import OWN_FOLDER
-from fourge.reports.card import is_sealed, read_card, render_card
+from fourge.reports.card import ServeCommand, is_sealed, read_card, render_card
 from fourge.reports.page import render_page
 from fourge.reports.records import Records, read_records
 
@@ -26,12 +27,13 @@ class Written:
     records: Records
 
 
-def write_report(folder: Path, *, force: bool) -> Written:
+def write_report(folder: Path, *, force: bool, commands: Sequence[ServeCommand]) -> Written:
     """Write fourge/report.html and the model card.
 
     README.md is written where there is none, or one that fourge wrote, or the unchanged one of the
     source, which moves to fourge/source-README.md. Any other stays unless ``force``; the new card
-    is then fourge/README.md. Raises CheckpointError, ConfigError, OutputError.
+    is then fourge/README.md. ``commands``: how to serve it, for the card.
+    Raises CheckpointError, ConfigError, OutputError.
     """
     records = read_records(folder)
     card, source_card = folder / CARD, folder / SOURCE_CARD
@@ -41,7 +43,7 @@ def write_report(folder: Path, *, force: bool) -> Written:
     from_source = _is_of_source(records, card)
     if from_source:
         write_file(source_card, card.read_bytes())
-    text = render_card(records, read_card(source_card))
+    text = render_card(records, read_card(source_card), commands)
     may_replace = force or present is None or from_source or is_sealed(present)
     place = card if may_replace else folder / CARD_ASIDE
     write_file(place, text.encode())

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import httpx2
 
 from fourge.errors import EngineError, RequestError
 
 # The first token of a long prompt may take minutes.
-_TIMEOUT = httpx.Timeout(10.0, read=3600.0)
+_TIMEOUT = httpx2.Timeout(10.0, read=3600.0)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class ChatClient:
     def __init__(self, url: str, *, model: str | None, api_key: str | None) -> None:
         base = url.rstrip("/").removesuffix("/v1")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._http = httpx.Client(base_url=f"{base}/v1/", headers=headers, timeout=_TIMEOUT)
+        self._http = httpx2.Client(base_url=f"{base}/v1/", headers=headers, timeout=_TIMEOUT)
         self._url = base
         self.model = model or self._first_model()
 
@@ -71,7 +71,7 @@ class ChatClient:
                     if data == line or data == "[DONE]":
                         continue
                     yield from _added(turn, json.loads(data))
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise self._no_answer(error) from error
         yield "end", ""
 
@@ -81,14 +81,14 @@ class ChatClient:
             if answer.status_code != 200:
                 raise RequestError(_reason(answer))
             return answer.json()["data"][0]["id"]
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             raise self._no_answer(error) from error
         except (ValueError, LookupError, TypeError) as error:
             raise RequestError(
                 f"{self._url}/v1/models names no model: give one with --model."
             ) from error
 
-    def _no_answer(self, error: httpx.HTTPError) -> EngineError:
+    def _no_answer(self, error: httpx2.HTTPError) -> EngineError:
         return EngineError(
             f"no server answers at {self._url} ({error}): start one with `fourge serve`, or give"
             " its address."
@@ -127,7 +127,7 @@ def _add_call(turn: Turn, piece: Mapping[str, Any]) -> str:
     return text
 
 
-def _reason(answer: httpx.Response) -> str:
+def _reason(answer: httpx2.Response) -> str:
     """What the server says of its refusal."""
     try:
         message = answer.json()["error"]["message"]

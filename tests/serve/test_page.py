@@ -36,7 +36,7 @@ def text_of(page: Page, selector: str) -> list[str]:
 def test_a_conversation_with_reasoning_and_a_tool(tiny_glm: Path, tmp_path: Path):
     served, engine = scripted(tiny_glm, SPEECH, CALL, "</think>It is sunny.")
     with running(served, api_keys=("key",)) as found, opened(found.url, tmp_path / "p") as page:
-        page.wait("document.readyState === 'complete'")
+        page.wait("document.getElementById('key') !== null")
         page.run("document.getElementById('key').value = 'key'")
         page.run("document.getElementById('key').dispatchEvent(new Event('change'))")
         page.wait("document.querySelectorAll('#model option').length === 2")
@@ -106,5 +106,3 @@ def test_the_page_needs_nothing_from_elsewhere(tiny_glm: Path):
     assert answer.headers["content-type"].startswith("text/html")
     assert re.findall(r"(?:src|href)=\"(?!data:)", answer.text) == []
     assert "http" not in answer.text
-
-

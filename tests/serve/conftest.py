@@ -8,6 +8,7 @@ import openai
 import pytest
 import torch
 
+from fourge.serve.limits import Limits
 from fourge.serve.run import Setup, load
 from serving import Running, running
 
@@ -29,7 +30,7 @@ def server(tiny_glm: Path) -> Iterator[Running]:
         engine={"cache_tokens": 16384, "max_num_seqs": 16, "num_speculative_tokens": 2},
     )
     served = load(setup, lambda done, total: None)
-    with running(served) as found:
+    with running(served, limits=Limits(max_waiting=400)) as found:
         yield found
     served.engine.close()
 

@@ -11,14 +11,14 @@ from starlette.types import ASGIApp
 
 from fourge import __version__
 from fourge.errors import FourgeError
-from fourge.serve import chat, chat_page, completions, messages, status, tokens
+from fourge.serve import chat, chat_page, completions, messages, responses, status, tokens
 from fourge.serve.errors import ApiError, from_validation
 from fourge.serve.middleware import CLIENT_GONE, Border, error_response
 from fourge.serve.protocol.fields import known_fields
 from fourge.serve.service import Service
 from fourge.serve.streaming import ClientGone, api_error
 
-SURFACES = (chat, completions, messages, tokens, status, chat_page)
+SURFACES = (chat, completions, messages, responses, tokens, status, chat_page)
 
 
 def create_app(service: Service) -> ASGIApp:

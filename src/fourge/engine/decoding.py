@@ -36,12 +36,11 @@ class Decoder:
         """What leaves the last of ``layers``; ``hidden_TD`` is changed. ``first``: see cached.Run."""
         step = self._step(parts, first)
         selection: Selection | None = None
+        hidden = hidden_TD.numpy()
         for layer in layers:
             weights, rows = self._layers[layer]
-            hidden_TD, selection = decode_layer(
-                hidden_TD, step, weights, self._config, rows, selection
-            )
-        return hidden_TD
+            hidden, selection = decode_layer(hidden, step, weights, self._config, rows, selection)
+        return torch.from_numpy(hidden)
 
     def _step(self, parts: Sequence[Part], first: int) -> DecodeStep:
         count_S = np.array([part.num_tokens for part in parts])

@@ -56,13 +56,13 @@ class Selection(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DecodeWeights:
-    """A layer's weights, those of one input together; transposed, as torch.mm wants them."""
+    """A layer's weights: those of products [in, out], those of one input side by side."""
 
     input_norm: Array
     first_DA: torch.Tensor  # [query latent | latent | rotated key | index key | head weights]
     query_norm: Array  # of no numbers without q_lora
     latent_norm: Array
-    index_norm: tuple[Array, Array]
+    index_norm: tuple[Array, Array]  # weight and bias, of no numbers without an indexer
     queries_QA: torch.Tensor  # [queries of all heads | index queries]
     joint_HOC: Array
     out_AD: torch.Tensor
@@ -77,7 +77,6 @@ def decode_weights(
     weights: Mapping[str, torch.Tensor], config: ModelConfig, layer: int
 ) -> DecodeWeights:
     """Copies of all but the routed experts. ``weights`` are float32, experts fused."""
-
     # A layer that shares another's selection may have an indexer all the same.
     unused = () if config.has_indexer(layer) else ("self_attn.indexer.",)
     weights = {name: one for name, one in weights.items() if not name.startswith(unused)}
@@ -86,11 +85,11 @@ def decode_weights(
         return weights[name].numpy() if name in weights else _NONE
 
     def joined(*names: str) -> torch.Tensor:
-        return torch.cat([weights[name] for name in names if name in weights]).t()
+        return torch.cat([weights[name] for name in names if name in weights]).t().contiguous()
 
     sparse = config.is_sparse(layer)
     mlp = "mlp.shared_experts." if sparse else "mlp."
-    down = weights.get(f"{mlp}down_proj.weight", torch.empty(config.hidden_size, 0))
+    inner = sparse and not config.n_shared_experts
     attention, indexer = "self_attn.", "self_attn.indexer."
     return DecodeWeights(
         input_norm=array("input_layernorm.weight"),
@@ -104,80 +103,78 @@ def decode_weights(
         queries_QA=joined(
             f"{attention}q_b_proj.weight", f"{attention}q_proj.weight", f"{indexer}wq_b.weight"
         ),
-        joint_HOC=weights[f"{attention}kv_b_proj.weight"]
-        .unflatten(0, (config.num_attention_heads, -1))
-        .numpy(),
-        out_AD=weights[f"{attention}o_proj.weight"].t(),
+        joint_HOC=array(f"{attention}kv_b_proj.weight").reshape(
+            config.num_attention_heads, -1, config.kv_lora_rank
+        ),
+        out_AD=joined(f"{attention}o_proj.weight"),
         post_norm=array("post_attention_layernorm.weight"),
         mlp_DA=joined("mlp.gate.weight", f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
-        down_ID=down.t(),
+        down_ID=torch.empty(0) if inner else joined(f"{mlp}down_proj.weight"),
         router_bias=array("mlp.gate.e_score_correction_bias"),
         experts={name: weights[name] for name in (FUSED_GATE_UP, FUSED_DOWN) if sparse},
     )
 
 
 def decode_layer(
-    hidden_TD: torch.Tensor,
+    hidden_TD: Array,
     step: DecodeStep,
     weights: DecodeWeights,
     config: ModelConfig,
     rows: Rows,
     selection: Selection | None,
-) -> tuple[torch.Tensor, Selection]:
+) -> tuple[Array, Selection]:
     """As cached.cached_layer; ``hidden_TD`` is changed and returned."""
-    hidden, eps = hidden_TD.numpy(), np.float32(config.rms_norm_eps)
-    x_TD = torch.empty_like(hidden_TD)
-    kernels.add_and_norm(hidden, hidden[:0], weights.input_norm, eps, x_TD.numpy())
+    eps, x_TD = np.float32(config.rms_norm_eps), np.empty_like(hidden_TD)
+    kernels.add_and_norm(hidden_TD, hidden_TD[:0], weights.input_norm, eps, x_TD)
     attended_TD, selection = _attend(x_TD, step, weights, config, rows, selection)
-    kernels.add_and_norm(hidden, attended_TD.numpy(), weights.post_norm, eps, x_TD.numpy())
-    joint_TA = x_TD @ weights.mlp_DA
+    kernels.add_and_norm(hidden_TD, attended_TD, weights.post_norm, eps, x_TD)
+    joint_TA = _product(x_TD, weights.mlp_DA)
     if len(weights.down_ID):
-        inner_TI = torch.empty(len(x_TD), len(weights.down_ID))
-        kernels.silu_times(joint_TA.numpy(), weights.router_bias.size, inner_TI.numpy())
-        hidden_TD.addmm_(inner_TI, weights.down_ID)
+        inner_TI = np.empty((len(x_TD), len(weights.down_ID)), np.float32)
+        kernels.silu_times(joint_TA, weights.router_bias.size, inner_TI)
+        torch.from_numpy(hidden_TD).addmm_(torch.from_numpy(inner_TI), weights.down_ID)
     if weights.experts:
         hidden_TD = _add_experts(hidden_TD, x_TD, joint_TA, weights, config)
     return hidden_TD, selection
 
 
+def _product(x_TD: Array, weight_DA: torch.Tensor) -> Array:
+    return torch.mm(torch.from_numpy(x_TD), weight_DA).numpy()
+
+
 def _attend(
-    x_TD: torch.Tensor,
+    x_TD: Array,
     step: DecodeStep,
     weights: DecodeWeights,
     config: ModelConfig,
     rows: Rows,
     selection: Selection | None,
-) -> tuple[torch.Tensor, Selection]:
-    first_TA = x_TD @ weights.first_DA
-    first, ropes = first_TA.numpy(), (step.position_T, step.cos_PR, step.sin_PR)
+) -> tuple[Array, Selection]:
+    first_TA = _product(x_TD, weights.first_DA)
+    ropes = step.position_T, step.cos_PR, step.sin_PR
     query_TQ, num_query = x_TD, weights.query_norm.size
     if num_query:
-        query_TQ = torch.empty(len(x_TD), num_query)
-    kernels.keep_latents(
-        first, weights.query_norm, weights.latent_norm, np.float32(config.rms_norm_eps), *ropes,
-        config.rope_interleave, step.slot_T, rows.latents_ZX, query_TQ.numpy(),
+        query_TQ = np.empty((len(x_TD), num_query), np.float32)
+    kernels.keep(
+        first_TA, weights.query_norm, weights.latent_norm, np.float32(config.rms_norm_eps),
+        *weights.index_norm, *ropes, config.rope_interleave, config.indexer_rope_interleave,
+        step.slot_T, *rows, query_TQ,
     )  # fmt: skip
-    queries = (query_TQ @ weights.queries_QA).numpy()
-    num_index = weights.index_norm[0].size
-    if num_index:
-        kernels.keep_index_keys(
-            first, num_query + rows.latents_ZX.shape[1], *weights.index_norm, *ropes,
-            config.indexer_rope_interleave, step.slot_T, rows.index_keys_ZI,
-        )  # fmt: skip
-    if num_index or selection is None:
-        selection = _select(first, queries, step, weights, config, rows)
-    out_TA = torch.empty(len(x_TD), len(weights.out_AD))
+    query_TA = _product(query_TQ, weights.queries_QA)
+    if weights.index_norm[0].size or selection is None:
+        selection = _select(first_TA, query_TA, step, weights, config, rows)
+    out_TA = np.empty((len(x_TD), len(weights.out_AD)), np.float32)
     scale = np.float32(config.qk_head_dim**-0.5 * softmax_factor(config.rope))
     kernels.attend(
-        queries, *ropes, config.rope_interleave, *selection, rows.latents_ZX, weights.joint_HOC,
-        scale, out_TA.numpy(),
+        query_TA, *ropes, config.rope_interleave, *selection, rows.latents_ZX, weights.joint_HOC,
+        scale, out_TA,
     )  # fmt: skip
-    return out_TA @ weights.out_AD, selection
+    return _product(out_TA, weights.out_AD), selection
 
 
 def _select(
-    first: Array, queries: Array, step: DecodeStep, weights: DecodeWeights, config: ModelConfig,
-    rows: Rows,
+    first_TA: Array, query_TA: Array, step: DecodeStep, weights: DecodeWeights,
+    config: ModelConfig, rows: Rows,
 ) -> Selection:  # fmt: skip
     """Of a layer without an indexer: everything."""
     most, num_tokens = int(step.position_T.max()) + 1, len(step.position_T)
@@ -186,8 +183,8 @@ def _select(
         most = min(most, config.index_topk)
     selection = Selection(np.empty((num_tokens, most), np.int64), np.empty(num_tokens, np.int64))
     kernels.select(
-        queries, config.num_attention_heads * config.qk_head_dim,
-        first, weights.query_norm.size + rows.latents_ZX.shape[1] + num_index,
+        query_TA, config.num_attention_heads * config.qk_head_dim,
+        first_TA, weights.query_norm.size + rows.latents_ZX.shape[1] + num_index,
         step.position_T, step.cos_PR, step.sin_PR, config.indexer_rope_interleave,
         step.sequence_T, step.page_SP, step.first, rows.index_keys_ZI, *selection,
     )  # fmt: skip
@@ -195,21 +192,19 @@ def _select(
 
 
 def _add_experts(
-    hidden_TD: torch.Tensor, x_TD: torch.Tensor, joint_TA: torch.Tensor, weights: DecodeWeights,
-    config: ModelConfig,
-) -> torch.Tensor:  # fmt: skip
+    hidden_TD: Array, x_TD: Array, joint_TA: Array, weights: DecodeWeights, config: ModelConfig
+) -> Array:
     shape = len(x_TD), config.num_experts_per_tok
-    expert_TK, gate_TK = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+    expert_TK, gate_TK = np.empty(shape, np.int64), np.empty(shape, np.float32)
     kernels.choose_experts(
-        joint_TA.numpy(), weights.router_bias, config.n_group, config.topk_group,
-        config.norm_topk_prob, np.float32(config.routed_scaling_factor), expert_TK.numpy(),
-        gate_TK.numpy(),
+        joint_TA, weights.router_bias, config.n_group, config.topk_group, config.norm_topk_prob,
+        np.float32(config.routed_scaling_factor), expert_TK, gate_TK,
     )  # fmt: skip
     gate_up_EOD, down_EDI = weights.experts[FUSED_GATE_UP], weights.experts[FUSED_DOWN]
     if down_EDI[0].numel() > SMALL_EXPERT:
-        return run_fused_experts(Routed(x_TD, expert_TK, gate_TK, hidden_TD), weights.experts)
+        routed = Routed(*map(torch.from_numpy, (x_TD, expert_TK, gate_TK, hidden_TD)))
+        return run_fused_experts(routed, weights.experts).numpy()
     kernels.add_experts(
-        x_TD.numpy(), expert_TK.numpy(), gate_TK.numpy(), gate_up_EOD.numpy(), down_EDI.numpy(),
-        hidden_TD.numpy(),
-    )  # fmt: skip
+        x_TD, expert_TK, gate_TK, gate_up_EOD.numpy(), down_EDI.numpy(), hidden_TD
+    )
     return hidden_TD

@@ -24,10 +24,9 @@ f32, u32, i64 = np.float32, np.uint32, np.int64
 
 # Sums may be reordered and fused, so that they vectorise; a NaN stays one.
 SUMS = {"reassoc", "contract", "nsz"}
-PAGE = 64
+PAGE_BITS = 6
 KEY_NORM_EPS = f32(1e-6)
-# Digits of a float's 32 bits, from the top: bits to the right of each, and how many it has.
-DIGITS = ((21, 11), (10, 11), (0, 10))
+BINS = 256
 
 
 @njit(fastmath=SUMS, error_model="numpy")
@@ -55,12 +54,14 @@ def _rotate(
 
 @njit(fastmath=SUMS, error_model="numpy")
 def _dot4(
-    rows: Array, first: int, x: Array
+    rows: Array, first: int, others: Array, other: int
 ) -> tuple[np.float32, np.float32, np.float32, np.float32]:
-    """x times four neighbouring rows: each number of x is read once, and sums do not wait."""
+    """A row times four neighbouring ones: each of its numbers is read once, and sums do not wait
+    for each other. Rows come as numbers, since a view costs two atomic counts.
+    """
     a, b, c, d = f32(0.0), f32(0.0), f32(0.0), f32(0.0)
     for i in range(rows.shape[1]):
-        number = x[i]
+        number = others[other, i]
         a += rows[first, i] * number
         b += rows[first + 1, i] * number
         c += rows[first + 2, i] * number
@@ -86,21 +87,40 @@ def add_and_norm(
         _rms_norm(hidden_TD[t], 0, weight_D, eps, x_TD[t])
 
 
+@njit(fastmath=SUMS, error_model="numpy")
+def _layer_norm(x_A: Array, start: int, weight_I: Array, bias_I: Array, out_I: Array) -> None:
+    size, mean, square = weight_I.size, f32(0.0), f32(0.0)
+    for i in range(size):
+        mean += x_A[start + i]
+    mean /= f32(size)
+    for i in range(size):
+        square += (x_A[start + i] - mean) ** 2
+    scale = f32(1.0) / np.sqrt(square / f32(size) + KEY_NORM_EPS)
+    for i in range(size):
+        out_I[i] = (x_A[start + i] - mean) * scale * weight_I[i] + bias_I[i]
+
+
 @njit(
-    "void(float32[:, ::1], float32[::1], float32[::1], float32, int64[::1], float32[:, ::1],"
-    "float32[:, ::1], boolean, int64[::1], float32[:, ::1], float32[:, ::1])",
+    "void(float32[:, ::1], float32[::1], float32[::1], float32, float32[::1], float32[::1],"
+    "int64[::1], float32[:, ::1], float32[:, ::1], boolean, boolean, int64[::1], float32[:, ::1],"
+    "float32[:, ::1], float32[:, ::1])",
     nogil=True,
     cache=True,
     fastmath=SUMS,
     error_model="numpy",
 )
-def keep_latents(
+def keep(
     joint_TA: Array, query_norm_Q: Array, latent_norm_C: Array, eps: np.float32,
-    position_T: Array, cos_PR: Array, sin_PR: Array, interleave: bool,
-    slot_T: Array, latents_ZX: Array, query_TQ: Array,
+    key_norm_I: Array, key_bias_I: Array, position_T: Array, cos_PR: Array, sin_PR: Array,
+    interleave: bool, index_interleave: bool, slot_T: Array, latents_ZX: Array, keys_ZI: Array,
+    query_TQ: Array,
 ) -> None:  # fmt: skip
-    """Columns [query | c | kr] of ``joint_TA`` to normed queries and rows of the cache."""
-    num_query, num_latent = query_norm_Q.size, latent_norm_C.size
+    """Columns [query | c | kr | index key] of ``joint_TA``: normed queries, rows of the cache. A
+    norm of no numbers: there are no such columns.
+    """
+    num_query, num_latent, size = query_norm_Q.size, latent_norm_C.size, key_norm_I.size
+    first_key = num_query + latents_ZX.shape[1]
+    key_I = np.empty(size, f32)
     for t in range(joint_TA.shape[0]):
         joint_A, row_X = joint_TA[t], latents_ZX[slot_T[t]]
         cos_R, sin_R = cos_PR[position_T[t]], sin_PR[position_T[t]]
@@ -108,43 +128,16 @@ def keep_latents(
             _rms_norm(joint_A, 0, query_norm_Q, eps, query_TQ[t])
         _rms_norm(joint_A, num_query, latent_norm_C, eps, row_X)
         _rotate(joint_A, num_query + num_latent, cos_R, sin_R, interleave, row_X, num_latent)
-
-
-@njit(
-    "void(float32[:, ::1], int64, float32[::1], float32[::1], int64[::1], float32[:, ::1],"
-    "float32[:, ::1], boolean, int64[::1], float32[:, ::1])",
-    nogil=True,
-    cache=True,
-    fastmath=SUMS,
-    error_model="numpy",
-)
-def keep_index_keys(
-    joint_TA: Array, first: int, weight_I: Array, bias_I: Array, position_T: Array,
-    cos_PR: Array, sin_PR: Array, interleave: bool, slot_T: Array, keys_ZI: Array,
-) -> None:  # fmt: skip
-    """Columns from ``first`` on: normed, rotated, kept."""
-    size = weight_I.size
-    normed_I = np.empty(size, f32)
-    for t in range(joint_TA.shape[0]):
-        key_A, out_I = joint_TA[t], keys_ZI[slot_T[t]]
-        mean, square = f32(0.0), f32(0.0)
-        for i in range(size):
-            mean += key_A[first + i]
-        mean /= f32(size)
-        for i in range(size):
-            square += (key_A[first + i] - mean) ** 2
-        scale = f32(1.0) / np.sqrt(square / f32(size) + KEY_NORM_EPS)
-        for i in range(size):
-            normed_I[i] = (key_A[first + i] - mean) * scale * weight_I[i] + bias_I[i]
-            out_I[i] = normed_I[i]
-        _rotate(
-            normed_I, 0, cos_PR[position_T[t]], sin_PR[position_T[t]], interleave, out_I, 0
-        )
+        if size:
+            own_I = keys_ZI[slot_T[t]]
+            _layer_norm(joint_A, first_key, key_norm_I, key_bias_I, key_I)
+            own_I[:] = key_I
+            _rotate(key_I, 0, cos_R, sin_R, index_interleave, own_I, 0)
 
 
 @njit(error_model="numpy")
 def _slot(pages_P: Array, place: int) -> int:
-    return pages_P[place // PAGE] * PAGE + place % PAGE
+    return pages_P[place >> PAGE_BITS] << PAGE_BITS | place & (1 << PAGE_BITS) - 1
 
 
 @njit(error_model="numpy")
@@ -156,34 +149,40 @@ def _order_bits(score: np.float32) -> np.uint32:
 
 @njit(error_model="numpy")
 def _largest(bits_P: Array, count: int, wanted: int, some_P: Array, chosen_K: Array) -> None:
-    """Places of the ``wanted`` largest of ``count`` into ``chosen_K``: digit by digit from the top,
-    those above the last chosen one's digit are in, those with the same digit go on.
+    """Places of the ``wanted`` largest of ``count`` into ``chosen_K``. What is left is spread over
+    a histogram of its range: those above the bin of the last one wanted are in, that bin is left.
     """
-    histogram = np.empty(2048, i64)
+    histogram = np.empty(BINS, i64)
     found = 0
     for p in range(count):
         some_P[p] = p
-    for shift, width in DIGITS:
-        histogram[: 1 << width] = 0
-        mask = u32((1 << width) - 1)
+    while found < wanted:
+        low, high = bits_P[some_P[0]], bits_P[some_P[0]]
         for p in range(count):
-            histogram[(bits_P[some_P[p]] >> u32(shift)) & mask] += 1
-        digit, above = (1 << width) - 1, found
-        while above + histogram[digit] < wanted:
-            above += histogram[digit]
-            digit -= 1
-        equal = 0
+            low, high = min(low, bits_P[some_P[p]]), max(high, bits_P[some_P[p]])
+        if low == high:
+            chosen_K[found:wanted] = some_P[: wanted - found]
+            break
+        shift = u32(0)
+        while (high - low) >> shift >= BINS:
+            shift += u32(1)
+        histogram[:] = 0
+        for p in range(count):
+            histogram[(bits_P[some_P[p]] - low) >> shift] += 1
+        last, above = BINS - 1, found
+        while above + histogram[last] < wanted:
+            above += histogram[last]
+            last -= 1
+        left = 0
         for p in range(count):
             place = some_P[p]
-            own = i64((bits_P[place] >> u32(shift)) & mask)
-            if own > digit:
+            own = i64((bits_P[place] - low) >> shift)
+            if own > last:
                 chosen_K[found] = place
                 found += 1
-            some_P[equal] = place
-            equal += i64(own == digit)
-        count = equal
-    for p in range(wanted - found):
-        chosen_K[found + p] = some_P[p]
+            some_P[left] = place
+            left += i64(own == last)
+        count = left
 
 
 @njit(
@@ -228,7 +227,7 @@ def select(
             slot = _slot(pages_P, p + first)
             score = f32(0.0)
             for h in range(0, padded, 4):
-                a, b, c, d = _dot4(query, h, keys_ZI[slot])
+                a, b, c, d = _dot4(query, h, keys_ZI, slot)
                 score += weight_H[h] * max(a, f32(0.0)) + weight_H[h + 1] * max(b, f32(0.0))
                 score += weight_H[h + 2] * max(c, f32(0.0)) + weight_H[h + 3] * max(d, f32(0.0))
             bits_P[p] = _order_bits(score)
@@ -270,9 +269,9 @@ def attend(
             cos_R, sin_R = cos_PR[position_T[t]], sin_PR[position_T[t]]
             _rotate(query_TA[t], start + nope, cos_R, sin_R, interleave, query[h], latent)
         for k in range(count):
-            row_X = latents_ZX[slot_TK[t, k]]
+            slot = slot_TK[t, k]
             for h in range(0, padded, 4):
-                a, b, c, d = _dot4(query, h, row_X)
+                a, b, c, d = _dot4(query, h, latents_ZX, slot)
                 share[h, k], share[h + 1, k] = a, b
                 share[h + 2, k], share[h + 3, k] = c, d
         for h in range(heads):
@@ -402,14 +401,14 @@ def add_experts(
         gate_up_OD, down_DI = gate_up_EOD[e], down_EDI[e]
         for i in range(0, size, 4):
             for n in range(count):
-                gate_a, gate_b, gate_c, gate_d = _dot4(gate_up_OD, i, x_TD[own_N[n]])
-                a, b, c, d = _dot4(gate_up_OD, size + i, x_TD[own_N[n]])
+                gate_a, gate_b, gate_c, gate_d = _dot4(gate_up_OD, i, x_TD, own_N[n])
+                a, b, c, d = _dot4(gate_up_OD, size + i, x_TD, own_N[n])
                 inner[n, i], inner[n, i + 1] = _silu(gate_a) * a, _silu(gate_b) * b
                 inner[n, i + 2], inner[n, i + 3] = _silu(gate_c) * c, _silu(gate_d) * d
         for row in range(0, hidden, 4):
             for n in range(count):
                 t, gate = own_N[n], gate_N[n]
-                a, b, c, d = _dot4(down_DI, row, inner[n])
+                a, b, c, d = _dot4(down_DI, row, inner, n)
                 hidden_TD[t, row] += gate * a
                 hidden_TD[t, row + 1] += gate * b
                 hidden_TD[t, row + 2] += gate * c

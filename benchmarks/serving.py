@@ -5,8 +5,9 @@
 1, 16 and 64 clients each ask, wait for the whole stream, and ask again. "bare": the same prompts
 through AsyncEngine in this process, nothing but tokens. "served": streams of chat completions from
 a `fourge serve` process; this process is the clients then, and shares the processor with it. Rounds
-of the two alternate. Prints one JSON document: for both requests/s, tokens/s, the median and the
-99th percentile of the time between two tokens, and the overhead in requests/s.
+of the two alternate. Prints one JSON document: for both requests/s, tokens/s, processor time a
+token (of the process with the engine; others on the machine disturb it less), the median and 99th
+percentile of the time between two tokens; and the overhead in requests/s and in processor time.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
 import torch
 from quantize_vs_modelopt import REPOSITORY, describe_run
 
@@ -54,7 +56,7 @@ def main() -> None:
             "threads": options.threads,
             "rounds": options.rounds,
             "tokens": options.tokens,
-            "clients": [measure(served, url, clients, options) for clients in CLIENTS],
+            "clients": [measure(served, url, process.pid, clients, options) for clients in CLIENTS],
         }
     finally:
         process.terminate()
@@ -83,10 +85,13 @@ def start_server(threads: int) -> tuple[subprocess.Popen, str]:
     raise SystemExit("the server did not start")
 
 
-def measure(served: Served, url: str, clients: int, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    served: Served, url: str, pid: int, clients: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    ours, server = psutil.Process(), psutil.Process(pid)
     ways: dict[str, Callable[[], Awaitable[dict[str, float]]]] = {
-        "bare": lambda: run(clients, lambda number: bare(served, number, options.tokens)),
-        "served": lambda: run(clients, lambda number: stream(url, number, options.tokens)),
+        "bare": lambda: run(clients, lambda number: bare(served, number, options.tokens), ours),
+        "served": lambda: run(clients, lambda number: stream(url, number, options.tokens), server),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for number in range(options.rounds + 1):
@@ -94,19 +99,23 @@ def measure(served: Served, url: str, clients: int, options: argparse.Namespace)
             result = asyncio.run(way())  # type: ignore[arg-type]
             if number:  # the first one warms up
                 found[name].append(result)
-    rates = {
-        name: statistics.median(one["requests_per_s"] for one in rounds)
+    median = {
+        (name, what): statistics.median(one[what] for one in rounds)
         for name, rounds in found.items()
+        for what in ("requests_per_s", "processor_s_per_token")
     }
     return {
         "clients": clients,
-        "overhead": rates["bare"] / rates["served"] - 1,
-        **{name: {"median_requests_per_s": rates[name], "rounds": found[name]} for name in found},
+        "overhead": median["bare", "requests_per_s"] / median["served", "requests_per_s"] - 1,
+        "processor_overhead": median["served", "processor_s_per_token"]
+        / median["bare", "processor_s_per_token"]
+        - 1,
+        **found,
     }
 
 
-async def run(clients: int, tokens_of: Tokens) -> dict[str, float]:
-    """Every client asks, reads to the end, and asks again."""
+async def run(clients: int, tokens_of: Tokens, process: psutil.Process) -> dict[str, float]:
+    """Every client asks, reads to the end, and asks again. ``process`` has the engine."""
     total = max(LEAST_REQUESTS, clients * REQUESTS_EACH)
     numbers = iter(range(total))
     gaps: list[float] = []
@@ -120,13 +129,16 @@ async def run(clients: int, tokens_of: Tokens) -> dict[str, float]:
                 (firsts if last == begun else gaps).append(now - last)
                 last = now
 
+    worked = sum(process.cpu_times()[:2])
     begun = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - begun
+    worked = sum(process.cpu_times()[:2]) - worked
     ordered = sorted(gaps)
     return {
         "requests_per_s": total / seconds,
         "tokens_per_s": (len(gaps) + len(firsts)) / seconds,
+        "processor_s_per_token": worked / (len(gaps) + len(firsts)),
         "first_token_s": statistics.median(firsts),
         "between_tokens_s": statistics.median(ordered),
         "between_tokens_p99_s": ordered[int(len(ordered) * 0.99)],

@@ -201,13 +201,14 @@ def test_the_request_id_is_kept_and_logged(
     served, _ = scripted(tiny_glm, "</think>Hello")
     caplog.set_level("INFO", "fourge.serve")
     with running(served) as found, httpx2.Client(base_url=found.url) as http:
-        kept = http.post(CHAT, json=HI, headers={"X-Request-Id": "mine-1"})
+        kept = http.post(CHAT, json=HI | {"user": "ada"}, headers={"X-Request-Id": "mine-1"})
         odd = http.get("/v1/models", headers={"X-Request-Id": "no\tgood"})
     assert kept.headers["X-Request-Id"] == "mine-1"
     assert len(odd.headers["X-Request-Id"]) == 32
     line = json.loads(caplog.records[0].message)
     assert (line["id"], line["status"], line["finish_reasons"]) == ("mine-1", 200, ["stop"])
     assert line["output_tokens"] == kept.json()["usage"]["completion_tokens"]
+    assert line["labels"] == {"user": "ada"}
     assert 0 < line["first_token_s"] <= line["total_s"]
 
 

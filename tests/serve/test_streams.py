@@ -70,6 +70,15 @@ def test_a_stop_string_is_held_back_across_tokens(tiny_glm: Path, stride: int):
     assert engine.under_way == 0
 
 
+def test_a_stop_string_counts_from_min_tokens_on(tiny_glm: Path):
+    served, _ = scripted(tiny_glm, "</think>a b a b a b")
+    tokens = served.tokenizer.encode("</think>a b a")
+    body = ASK | {"stop": "b", "min_tokens": len(tokens)}
+    with running(served) as found:
+        answer = httpx2.post(f"{found.url}/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] == "a b a "
+
+
 def test_one_call_where_one_is_asked_for_and_none_where_none(tiny_glm: Path):
     served, engine = scripted(tiny_glm, "</think>" + CALLS)
     with running(served) as found:

@@ -8,9 +8,17 @@ import typer
 
 from fourge.cli.arguments import parse_bytes
 from fourge.cli.progress import RunDisplay
-from fourge.cli.show import console
+from fourge.cli.show import console, say
+from fourge.errors import EngineError
 
 Checkpoint = Annotated[Path, typer.Argument(help="Folder of the checkpoint.")]
+Engine = Annotated[
+    Literal["embedded", "vllm", "sglang"],
+    typer.Option(help="vllm and sglang are started and tested as `fourge launch --run` does."),
+]
+Hardware = Annotated[
+    str, typer.Option(metavar="MACHINE", help="For vllm and sglang, as `fourge launch` has it.")
+]
 Names = Annotated[
     list[str] | None,
     typer.Option(
@@ -101,8 +109,19 @@ DrainTimeout = Annotated[
 ]
 
 
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+# What another engine is told; the other options are the embedded engine's.
+_HANDED_OVER = {
+    "context", "checkpoint", "engine", "hardware", "served_model_name", "host", "port", "api_key",
+    "model_length",
+}  # fmt: skip
+
+
 def serve(
+    context: typer.Context,
     checkpoint: Checkpoint,
+    engine: Engine = "embedded",
+    hardware: Hardware = "auto",
     served_model_name: Names = None,
     host: Host = "127.0.0.1",
     port: Port = 8000,
@@ -134,6 +153,13 @@ def serve(
 
     Ctrl-C or SIGTERM ends it when the requests under way are done.
     """
+    if engine != "embedded":
+        _hand_over(context, engine)
+        return
+    if _is_given(context, "hardware"):
+        raise EngineError("--hardware is for --engine vllm or sglang: choose one with --device.")
+    if host not in LOCAL_HOSTS and not api_key:
+        say(f"warning: {host} is open to the network, and no --api-key is asked for")
     # Heavy: torch, fastapi. Imported here so that --help stays quick.
     from fourge.serve.limits import Limits
     from fourge.serve.run import Setup
@@ -143,7 +169,7 @@ def serve(
         max_body_bytes=max_body, max_messages=max_messages, max_choices=max_choices,
         max_waiting=max_waiting, request_timeout_s=request_timeout, drain_s=drain_timeout,
     )  # fmt: skip
-    engine = {
+    chosen = {
         "device": device, "dtype": dtype, "max_model_len": model_length,
         "max_num_seqs": sequences, "max_num_batched_tokens": batched_tokens,
         "gpu_memory_utilization": utilization, "cache_tokens": cache_tokens,
@@ -161,7 +187,7 @@ def serve(
         limits=limits,
         preferred=_object("--preferred-sampling-params", preferred),
         template_options=_object("--chat-template-kwargs", template_options),
-        engine=engine,
+        engine=chosen,
     )
     with RunDisplay(console) as display:
         run(
@@ -170,6 +196,43 @@ def serve(
             on_ready=lambda url: display.note(f"serving {checkpoint} at {url}"),
         )
     display.note("stopped")
+
+
+def _hand_over(context: typer.Context, engine: Literal["vllm", "sglang"]) -> None:
+    """Start another engine, with its smoke test. EngineError: an option that it has no use for."""
+    from fourge.cli.launch import launch
+
+    given = context.params
+    own = [
+        option
+        for parameter in context.command.params
+        for option in parameter.opts[:1]
+        if parameter.name not in _HANDED_OVER and _is_given(context, parameter.name or "")
+    ]
+    names, keys = given["served_model_name"] or (), given["api_key"] or ()
+    if own or len(names) > 1 or len(keys) > 1:
+        what = ", ".join(own) or "one --served-model-name and one --api-key at most"
+        raise EngineError(
+            f"--engine {engine} and the embedded engine differ in {what}: leave it out, or make the"
+            f" command with `fourge launch --engine {engine}` and change that."
+        )
+    launch(
+        Path(given["checkpoint"]),
+        engine,
+        hardware=given["hardware"],
+        context=given["model_length"],
+        served_model_name=next(iter(names), None),
+        host=given["host"],
+        port=given["port"],
+        api_key=next(iter(keys), None),
+        run=True,
+    )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the command line has the option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _object(option: str, text: str | None) -> dict[str, Any]:

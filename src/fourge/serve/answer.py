@@ -64,7 +64,9 @@ class Answer:
         for token in progressed.token_ids:
             taken += 1
             ends = progressed.finish_reason == "stop" and taken == len(progressed.token_ids)
-            deltas += self._cut(self._read(token, ends=ends))
+            early = self.num_tokens + taken < self.params.min_tokens
+            found = self._read(token, ends=ends)
+            deltas += found if early else self._cut(found)
             if self.stopped:
                 break
         reason, stop_reason = progressed.finish_reason, None

@@ -18,7 +18,7 @@ from fourge.serve.preparing import Conversation, Sampling, chat_job
 from fourge.serve.protocol.openai import ChatRequest, NamedTool
 from fourge.serve.served import Served, finite
 from fourge.serve.service import Service
-from fourge.serve.streaming import DONE, event
+from fourge.serve.streaming import DONE, event, label
 
 
 def router(service: Service) -> APIRouter:
@@ -28,6 +28,10 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/chat/completions", response_model=None)
     async def create(request: Request, body: ChatRequest) -> Response:
         service.check_messages(body.messages)
+        label(
+            request, user=body.user, safety_identifier=body.safety_identifier,
+            prompt_cache_key=body.prompt_cache_key, metadata=body.metadata,
+        )  # fmt: skip
         generation = await service.begin(
             request, body.model, body.n,
             lambda served: chat_job(served, conversation_of(body), sampling_of(body)),

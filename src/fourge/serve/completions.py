@@ -19,7 +19,7 @@ from fourge.serve.preparing import Job, Sampling, text_job
 from fourge.serve.protocol.openai import CompletionRequest
 from fourge.serve.served import Served, finite
 from fourge.serve.service import Service
-from fourge.serve.streaming import DONE, event
+from fourge.serve.streaming import DONE, event, label
 
 
 def router(service: Service) -> APIRouter:
@@ -28,6 +28,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post("/v1/completions", response_model=None)
     async def create(request: Request, body: CompletionRequest) -> Response:
+        label(request, user=body.user)
         generation = await service.begin(
             request, body.model, body.n * len(body.prompts), lambda served: _job(served, body)
         )

@@ -32,7 +32,7 @@ from fourge.serve.protocol.anthropic import (
 from fourge.serve.protocol.fields import JsonBySchema, JsonSchema
 from fourge.serve.served import Served
 from fourge.serve.service import Service
-from fourge.serve.streaming import event
+from fourge.serve.streaming import event, label
 from fourge.serve.tokens import conversation_tokens
 
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -45,6 +45,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/messages", response_model=None)
     async def create(request: Request, body: MessagesRequest) -> Response:
         service.check_messages(body.messages)
+        label(request, user=body.metadata.user_id)
         generation = await service.begin(
             request, body.model, 1,
             lambda served: chat_job(served, _conversation(served, body), _sampling(body)),

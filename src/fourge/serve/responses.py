@@ -28,7 +28,7 @@ from fourge.serve.protocol.responses import (
     SchemaFormat,
 )
 from fourge.serve.service import Service
-from fourge.serve.streaming import event
+from fourge.serve.streaming import event, label
 
 
 def router(service: Service) -> APIRouter:
@@ -39,6 +39,10 @@ def router(service: Service) -> APIRouter:
     async def create(request: Request, body: ResponsesRequest) -> Response:
         if not isinstance(body.input, str):
             service.check_messages(body.input)
+        label(
+            request, user=body.user, safety_identifier=body.safety_identifier,
+            prompt_cache_key=body.prompt_cache_key, metadata=body.metadata,
+        )  # fmt: skip
         generation = await service.begin(
             request, body.model, 1,
             lambda served: chat_job(served, _conversation(body), _sampling(body)),

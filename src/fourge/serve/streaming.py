@@ -24,6 +24,11 @@ Events = AsyncGenerator[bytes, None]
 Result = TypeVar("Result")
 
 
+def label(request: Request, **labels: object) -> None:
+    """What a client calls itself and its requests, for the log."""
+    request.scope["state"]["labels"] = {name: value for name, value in labels.items() if value}
+
+
 class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 

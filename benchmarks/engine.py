@@ -31,7 +31,7 @@ from quantize_vs_modelopt import REPOSITORY, describe_run, run_child
 
 from fourge import LLM, SamplingParams
 from fourge.engine.engine import Engine
-from fourge.models import cached
+from fourge.models.kernels import decode as kernels
 
 MODEL = REPOSITORY / "examples" / "tiny-glm"
 BATCHES = (1, 8, 32)
@@ -186,7 +186,7 @@ def throughput(
 def context(checkpoint: Path, theirs: Theirs, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Median processor seconds of a decode step of 8 sequences, and the indexer's part."""
     results = []
-    select = cached._select
+    select = kernels.select
     for length in CONTEXTS:
         engine = make_engine(checkpoint, max_num_batched_tokens=4096, enable_prefix_caching=False)
         spent = [0.0]
@@ -197,7 +197,7 @@ def context(checkpoint: Path, theirs: Theirs, options: argparse.Namespace) -> li
             spent[-1] += time.process_time() - begun
             return result
 
-        cached._select = timed
+        kernels.select = timed
         params = SamplingParams(temperature=0, max_tokens=options.steps + 2, ignore_eos=True)
         for number, prompt in enumerate(random_prompts(8, length)):
             engine.add(f"{number}", prompt, params)
@@ -207,7 +207,7 @@ def context(checkpoint: Path, theirs: Theirs, options: argparse.Namespace) -> li
             progressed = engine.step()
             steps.append((len(progressed), time.process_time() - begun, spent[-1]))
             spent.append(0.0)
-        cached._select = select
+        kernels.select = select
         steps = steps[-options.steps :]  # all of them decode 8 sequences
         result = {
             "context": length,

@@ -1,9 +1,11 @@
 """The tensors of the paged cache: latents and index keys of every layer, the MTP layer included.
 
 Pages of 64 tokens. "bf16" and "fp32" keep numbers as they are, "fp8" the 656-byte latent rows and
-132-byte index keys of formats/cache_rows.py. A layer without an indexer of its own keeps no index
-keys. Under speculation the last hidden state of every page is kept too, since the MTP layer's first
-token after a reused prefix needs it. Memory: ``token_bytes`` a token, touched as pages are used.
+132-byte index keys of formats/cache_rows.py. A page of plain index keys holds number after number
+of its 64 keys, so that scores of neighbours are computed side by side. A layer without an indexer
+of its own keeps no index keys. Under speculation the last hidden state of every page is kept too,
+since the MTP layer's first token after a reused prefix needs it. Memory: ``token_bytes`` a token,
+touched as pages are used.
 """
 
 import torch
@@ -88,9 +90,9 @@ class PagedCache:
 
     def rows(self, layer: int) -> Rows:
         """The layer's memory itself, if it is plain."""
-        index_keys, size = self._index_keys[layer], self._config.index_head_dim
-        keys_ZI = torch.empty(0, 1) if index_keys is None else index_keys.view(-1, size)
-        return Rows(self._latents[layer].numpy(), keys_ZI.numpy())
+        index_keys = self._index_keys[layer]
+        keys_LS = torch.empty(0) if index_keys is None else index_keys
+        return Rows(self._latents[layer].numpy(), keys_LS.view(-1, PAGE_TOKENS).numpy())
 
     def read_latents(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         """[..., C + R] of slots of any shape."""
@@ -107,16 +109,18 @@ class PagedCache:
         rows = pages.index_select(0, page_MP.flatten())
         if self._packed:
             rows = cache_rows.unpack_index_pages(rows, self._config.index_head_dim)
-        return rows.float().view(len(page_MP), -1, self._config.index_head_dim)
+        else:
+            rows = rows.float().unflatten(1, (-1, PAGE_TOKENS)).mT
+        return rows.reshape(len(page_MP), -1, self._config.index_head_dim)
 
     def _write_index_keys(self, layer: int, slot_T: torch.Tensor, key_TI: torch.Tensor) -> None:
         pages, size = self._index_keys[layer], self._config.index_head_dim
         assert pages is not None, f"layer {layer} has no index keys"
+        page_T, place_T = slot_T // PAGE_TOKENS, slot_T % PAGE_TOKENS
         if not self._packed:
-            pages.view(-1, size)[slot_T] = key_TI.to(pages.dtype)
+            pages.view(-1, size, PAGE_TOKENS)[page_T, :, place_T] = key_TI.to(pages.dtype)
             return
         codes, scales = cache_rows.pack_index_keys(key_TI)
-        page_T, place_T = slot_T // PAGE_TOKENS, slot_T % PAGE_TOKENS
         values = pages[:, : PAGE_TOKENS * size].unflatten(1, (PAGE_TOKENS, size))
         values[page_T, place_T] = codes
         pages[:, PAGE_TOKENS * size :].unflatten(1, (PAGE_TOKENS, 4))[page_T, place_T] = scales

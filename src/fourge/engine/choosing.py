@@ -33,11 +33,12 @@ def choose(chunks: Sequence[Chunk], logits_NV: torch.Tensor, *, block: bool) -> 
     """``logits_NV`` has the places after each chunk's newest token and after each of its drafts;
     it is changed.
     """
-    finite = (~logits_NV.isnan().any(-1)).tolist()
+    best_N = logits_NV.max(-1)  # of a row with a NaN, that
+    finite = (~best_N.values.isnan()).tolist()
     raw_NV = logits_NV.clone() if any(_wants_logprobs(one.request) for one in chunks) else None
     bitmask = bitmasks(chunks, logits_NV.shape[1])
     if bitmask is None and all(_is_plain(one.request) for one in chunks):
-        token_lists = _greedy(chunks, logits_NV)
+        token_lists = _greedy(chunks, best_N.indices.tolist())
     else:
         token_lists = _sample(chunks, logits_NV, bitmask, block=block)
     choices, place = [], 0
@@ -104,8 +105,9 @@ def _is_plain(request: Request) -> bool:
     return request.num_output + len(request.drafts) >= params.min_tokens or not request.stop_tokens
 
 
-def _greedy(chunks: Sequence[Chunk], logits_NV: torch.Tensor) -> list[list[int]]:
-    best, place, found = logits_NV.argmax(-1).tolist(), 0, []
+def _greedy(chunks: Sequence[Chunk], best: Sequence[int]) -> list[list[int]]:
+    """``best``: the token of the largest logit of every place."""
+    place, found = 0, []
     for chunk in chunks:
         tokens = [best[place]]
         for number, draft in enumerate(chunk.drafts, start=1):

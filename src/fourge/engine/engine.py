@@ -247,7 +247,8 @@ class Engine:
             start += chunk.num_tokens
             if chunk.samples:
                 rows += range(start - len(chunk.drafts) - 1, start)
-        logits_NV = self._runner.logits(hidden_TD[rows])
+        chosen_ND = hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows]
+        logits_NV = self._runner.logits(chosen_ND)
         choices = choosing.choose(
             sampling, logits_NV, block=self.options.rejection_sample_method == "block"
         )

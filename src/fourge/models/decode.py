@@ -2,7 +2,7 @@
 
 Dense products that read the same input are one product of weights laid one below the other; what
 lies between them is kernels/decode.py. Every token is attended by itself, so sequences may bring
-any number of tokens. Experts that are large are left to torch's grouped product.
+any number of tokens.
 """
 
 from collections.abc import Mapping
@@ -15,16 +15,14 @@ import torch
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP
 from fourge.models.config import ModelConfig
 from fourge.models.kernels import decode as kernels
-from fourge.models.moe import Routed, run_fused_experts
 from fourge.models.rope import softmax_factor
 
 # T new tokens, S sequences, P pages of the longest, Z slots of the cache, D hidden, A columns of a
-# joint product, X latent and rotated key, I index head size, K selected positions
+# joint product, O key and value rows, X latent and rotated key, I index head size, K selected
+# positions, L numbers of index keys of all pages
 
 Array = np.ndarray[Any, Any]
 
-# Numbers of an expert's down projection up to which kernels/decode.py takes it.
-SMALL_EXPERT = 1 << 30
 _NONE = np.empty(0, np.float32)
 
 
@@ -32,7 +30,7 @@ class Rows(NamedTuple):
     """A layer's cache, float32."""
 
     latents_ZX: Array
-    index_keys_ZI: Array  # of no rows where the layer has no indexer
+    index_keys_LS: Array  # I rows a page; of no rows where the layer has no indexer
 
 
 class DecodeStep(NamedTuple):
@@ -43,6 +41,7 @@ class DecodeStep(NamedTuple):
     sequence_T: Array
     page_SP: Array
     first: int  # as in cached.Run
+    longest: int  # positions up to the last
     cos_PR: Array
     sin_PR: Array
 
@@ -64,13 +63,13 @@ class DecodeWeights:
     latent_norm: Array
     index_norm: tuple[Array, Array]  # weight and bias, of no numbers without an indexer
     queries_QA: torch.Tensor  # [queries of all heads | index queries]
-    joint_HOC: Array
+    joint_OC: Array
     out_AD: torch.Tensor
     post_norm: Array
     mlp_DA: torch.Tensor  # [router | gate | up]
     down_ID: torch.Tensor  # dense, or of the shared experts
     router_bias: Array  # of no numbers in a dense layer
-    experts: Mapping[str, torch.Tensor]  # fused; empty in a dense layer
+    experts: tuple[Array, Array] | None  # gate and up [E, 2 I, D], down [E, D, I]; None if dense
 
 
 def decode_weights(
@@ -94,24 +93,24 @@ def decode_weights(
     return DecodeWeights(
         input_norm=array("input_layernorm.weight"),
         first_DA=joined(
-            f"{attention}q_a_proj.weight", f"{attention}kv_a_proj_with_mqa.weight",
-            f"{indexer}wk.weight", f"{indexer}weights_proj.weight",
-        ),  # fmt: skip
+            f"{attention}q_a_proj.weight",
+            f"{attention}kv_a_proj_with_mqa.weight",
+            f"{indexer}wk.weight",
+            f"{indexer}weights_proj.weight",
+        ),
         query_norm=array(f"{attention}q_a_layernorm.weight"),
         latent_norm=array(f"{attention}kv_a_layernorm.weight"),
         index_norm=(array(f"{indexer}k_norm.weight"), array(f"{indexer}k_norm.bias")),
         queries_QA=joined(
             f"{attention}q_b_proj.weight", f"{attention}q_proj.weight", f"{indexer}wq_b.weight"
         ),
-        joint_HOC=array(f"{attention}kv_b_proj.weight").reshape(
-            config.num_attention_heads, -1, config.kv_lora_rank
-        ),
+        joint_OC=array(f"{attention}kv_b_proj.weight"),
         out_AD=joined(f"{attention}o_proj.weight"),
         post_norm=array("post_attention_layernorm.weight"),
         mlp_DA=joined("mlp.gate.weight", f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"),
         down_ID=torch.empty(0) if inner else joined(f"{mlp}down_proj.weight"),
         router_bias=array("mlp.gate.e_score_correction_bias"),
-        experts={name: weights[name] for name in (FUSED_GATE_UP, FUSED_DOWN) if sparse},
+        experts=(array(FUSED_GATE_UP), array(FUSED_DOWN)) if sparse else None,
     )
 
 
@@ -133,8 +132,9 @@ def decode_layer(
         inner_TI = np.empty((len(x_TD), len(weights.down_ID)), np.float32)
         kernels.silu_times(joint_TA, weights.router_bias.size, inner_TI)
         torch.from_numpy(hidden_TD).addmm_(torch.from_numpy(inner_TI), weights.down_ID)
-    if weights.experts:
-        hidden_TD = _add_experts(hidden_TD, x_TD, joint_TA, weights, config)
+    if weights.experts is not None:
+        expert_TK, gate_TK = _choose_experts(joint_TA, weights, config)
+        kernels.add_experts(x_TD, expert_TK, gate_TK, *weights.experts, hidden_TD)
     return hidden_TD, selection
 
 
@@ -166,8 +166,8 @@ def _attend(
     out_TA = np.empty((len(x_TD), len(weights.out_AD)), np.float32)
     scale = np.float32(config.qk_head_dim**-0.5 * softmax_factor(config.rope))
     kernels.attend(
-        query_TA, *ropes, config.rope_interleave, *selection, rows.latents_ZX, weights.joint_HOC,
-        scale, out_TA,
+        query_TA, *ropes, config.rope_interleave, *selection, rows.latents_ZX, weights.joint_OC,
+        config.num_attention_heads, scale, out_TA,
     )  # fmt: skip
     return _product(out_TA, weights.out_AD), selection
 
@@ -177,7 +177,7 @@ def _select(
     config: ModelConfig, rows: Rows,
 ) -> Selection:  # fmt: skip
     """Of a layer without an indexer: everything."""
-    most, num_tokens = int(step.position_T.max()) + 1, len(step.position_T)
+    most, num_tokens = step.longest, len(step.position_T)
     num_index = weights.index_norm[0].size
     if num_index:
         most = min(most, config.index_topk)
@@ -186,25 +186,19 @@ def _select(
         query_TA, config.num_attention_heads * config.qk_head_dim,
         first_TA, weights.query_norm.size + rows.latents_ZX.shape[1] + num_index,
         step.position_T, step.cos_PR, step.sin_PR, config.indexer_rope_interleave,
-        step.sequence_T, step.page_SP, step.first, rows.index_keys_ZI, *selection,
+        step.sequence_T, step.page_SP, step.first, rows.index_keys_LS, config.index_n_heads,
+        *selection,
     )  # fmt: skip
     return selection
 
 
-def _add_experts(
-    hidden_TD: Array, x_TD: Array, joint_TA: Array, weights: DecodeWeights, config: ModelConfig
-) -> Array:
-    shape = len(x_TD), config.num_experts_per_tok
+def _choose_experts(
+    joint_TA: Array, weights: DecodeWeights, config: ModelConfig
+) -> tuple[Array, Array]:
+    shape = len(joint_TA), config.num_experts_per_tok
     expert_TK, gate_TK = np.empty(shape, np.int64), np.empty(shape, np.float32)
     kernels.choose_experts(
         joint_TA, weights.router_bias, config.n_group, config.topk_group, config.norm_topk_prob,
         np.float32(config.routed_scaling_factor), expert_TK, gate_TK,
     )  # fmt: skip
-    gate_up_EOD, down_EDI = weights.experts[FUSED_GATE_UP], weights.experts[FUSED_DOWN]
-    if down_EDI[0].numel() > SMALL_EXPERT:
-        routed = Routed(*map(torch.from_numpy, (x_TD, expert_TK, gate_TK, hidden_TD)))
-        return run_fused_experts(routed, weights.experts).numpy()
-    kernels.add_experts(
-        x_TD, expert_TK, gate_TK, gate_up_EOD.numpy(), down_EDI.numpy(), hidden_TD
-    )
-    return hidden_TD
+    return expert_TK, gate_TK

@@ -4,15 +4,15 @@ A step of few tokens through a small model is bound by the number of calls, not 
 call here stands for some twenty of torch. The dense products stay torch's. References: norm.py,
 rope.py, dsa.project and dsa.select_cached, mla.attend_absorbed, moe.route and
 moe.run_fused_experts, to which sums agree but for their order (tests state the tolerance).
-Releases the GIL. Compiled at the first import (%COMPILE% s) and cached as formats/kernels/cpu.py is.
+Releases the GIL. Compiled at the first import (12 s) and cached as formats/kernels/cpu.py is.
 
 Array suffixes: T tokens, D hidden, A columns of a joint product, Q query latent, C key-value
 latent, R rotated numbers (tables: R / 2), X = C + R, I index head size or, of experts, intermediate
-size, E experts, K selected positions or experts per token, H heads, O key and value rows of a head,
-Z slots of the cache, P pages of a sequence, S sequences.
+size, E experts, K selected positions or experts per token, H heads, O rows of keys and values, Z
+slots of the cache, L numbers of index keys of all pages, S sequences, or the slots of a page, P
+positions, or pages of a sequence.
 """
 
-from math import exp
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,32 @@ from numba import njit
 
 Array = np.ndarray[Any, Any]
 
-f32, u32, i64 = np.float32, np.uint32, np.int64
+f32, u32, i32, i64 = np.float32, np.uint32, np.int32, np.int64
 
 # Sums may be reordered and fused, so that they vectorise; a NaN stays one.
 SUMS = {"reassoc", "contract", "nsz"}
 PAGE_BITS = 6
+PAGE = 1 << PAGE_BITS
 KEY_NORM_EPS = f32(1e-6)
 BINS = 256
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def _exp(x: np.float32) -> np.float32:
+    """e^x within 2 units in the last place, without a call, so that loops of it vectorise:
+    2^n e^r with |r| <= ln 2 / 2, and the polynomial of Cephes' expf (Moshier) for e^r.
+    """
+    inside = min(max(x, f32(-87.0)), f32(88.0))
+    n = f32(np.floor(inside * f32(1.44269504) + f32(0.5)))
+    r = inside - n * f32(0.693359375) - n * f32(-2.12194440e-4)
+    e = f32(1.9875691500e-4) * r + f32(1.3981999507e-3)
+    e = e * r + f32(8.3334519073e-3)
+    e = e * r + f32(4.1665795894e-2)
+    e = e * r + f32(1.6666665459e-1)
+    e = e * r + f32(5.0000001201e-1)
+    e = e * r * r + r + f32(1.0)
+    power = u32((i32(n) + i32(127)) << i32(23)).view(f32)
+    return e * power if x == x else x
 
 
 @njit(fastmath=SUMS, error_model="numpy")
@@ -67,6 +86,25 @@ def _dot4(
         c += rows[first + 2, i] * number
         d += rows[first + 3, i] * number
     return a, b, c, d
+
+
+@njit(fastmath=SUMS, error_model="numpy")
+def _add4(
+    parts: tuple[Any, Any, Any, Any], rows: Array, places: tuple[Any, Any, Any, Any], out: Array,
+    at: int, size: int,
+) -> None:  # fmt: skip
+    """Add to row ``at`` the first ``size`` numbers of four rows, each times its part."""
+    a, b, c, d = parts
+    first, second, third, fourth = places
+    for i in range(size):
+        out[at, i] += (
+            a * rows[first, i] + b * rows[second, i] + c * rows[third, i] + d * rows[fourth, i]
+        )
+
+
+@njit(error_model="numpy")
+def _up_to_4(number: int) -> int:
+    return (number + 3) // 4 * 4
 
 
 @njit(
@@ -112,7 +150,7 @@ def _layer_norm(x_A: Array, start: int, weight_I: Array, bias_I: Array, out_I: A
 def keep(
     joint_TA: Array, query_norm_Q: Array, latent_norm_C: Array, eps: np.float32,
     key_norm_I: Array, key_bias_I: Array, position_T: Array, cos_PR: Array, sin_PR: Array,
-    interleave: bool, index_interleave: bool, slot_T: Array, latents_ZX: Array, keys_ZI: Array,
+    interleave: bool, index_interleave: bool, slot_T: Array, latents_ZX: Array, keys_LS: Array,
     query_TQ: Array,
 ) -> None:  # fmt: skip
     """Columns [query | c | kr | index key] of ``joint_TA``: normed queries, rows of the cache. A
@@ -129,15 +167,16 @@ def keep(
         _rms_norm(joint_A, num_query, latent_norm_C, eps, row_X)
         _rotate(joint_A, num_query + num_latent, cos_R, sin_R, interleave, row_X, num_latent)
         if size:
-            own_I = keys_ZI[slot_T[t]]
             _layer_norm(joint_A, first_key, key_norm_I, key_bias_I, key_I)
-            own_I[:] = key_I
-            _rotate(key_I, 0, cos_R, sin_R, index_interleave, own_I, 0)
+            _rotate(key_I, 0, cos_R, sin_R, index_interleave, key_I, 0)
+            first_row, place = (slot_T[t] >> PAGE_BITS) * size, slot_T[t] & PAGE - 1
+            for i in range(size):
+                keys_LS[first_row + i, place] = key_I[i]
 
 
 @njit(error_model="numpy")
 def _slot(pages_P: Array, place: int) -> int:
-    return pages_P[place >> PAGE_BITS] << PAGE_BITS | place & (1 << PAGE_BITS) - 1
+    return pages_P[place >> PAGE_BITS] << PAGE_BITS | place & PAGE - 1
 
 
 @njit(error_model="numpy")
@@ -182,13 +221,13 @@ def _largest(bits_P: Array, count: int, wanted: int, some_P: Array, chosen_K: Ar
                 found += 1
             some_P[left] = place
             left += i64(own == last)
-        count = left
+        count = int(left)
 
 
 @njit(
     "void(float32[:, ::1], int64, float32[:, ::1], int64, int64[::1], float32[:, ::1],"
-    "float32[:, ::1], boolean, int64[::1], int64[:, ::1], int64, float32[:, ::1], int64[:, ::1],"
-    "int64[::1])",
+    "float32[:, ::1], boolean, int64[::1], int64[:, ::1], int64, float32[:, ::1], int64,"
+    "int64[:, ::1], int64[::1])",
     nogil=True,
     cache=True,
     fastmath=SUMS,
@@ -197,16 +236,17 @@ def _largest(bits_P: Array, count: int, wanted: int, some_P: Array, chosen_K: Ar
 def select(
     query_TA: Array, first_query: int, joint_TA: Array, first_weight: int, position_T: Array,
     cos_PR: Array, sin_PR: Array, interleave: bool,
-    sequence_T: Array, page_SP: Array, first: int, keys_ZI: Array, slot_TK: Array, count_T: Array,
+    sequence_T: Array, page_SP: Array, first: int, keys_LS: Array, heads: int, slot_TK: Array,
+    count_T: Array,
 ) -> None:  # fmt: skip
-    """The slots that each token looks at: all up to its own, or the K best of the indexer. Index
-    queries are the columns of ``query_TA`` from ``first_query`` on, head weights those of
-    ``joint_TA`` from ``first_weight`` on; no more columns: no indexer.
+    """The slots that each token looks at: all up to its own, or the K best of the indexer, whose
+    heads are 0 where there is none. Index queries are the columns of ``query_TA`` from
+    ``first_query`` on, their size a multiple of 4; head weights those of ``joint_TA`` from
+    ``first_weight`` on. Slot 0 of the first page lies ``first`` before position 0.
     """
-    size = keys_ZI.shape[1]
-    heads = (query_TA.shape[1] - first_query) // size
-    padded = (heads + 3) // 4 * 4
-    query, weight_H = np.zeros((padded, size), f32), np.zeros(padded, f32)
+    size = (query_TA.shape[1] - first_query) // max(heads, 1)
+    query, weight_H = np.zeros((heads, size), f32), np.zeros(heads, f32)
+    head_1S, score_S = np.empty((1, PAGE), f32), np.empty(PAGE, f32)
     longest = position_T.max() + 1
     bits_P, some_P = np.empty(longest, u32), np.empty(longest, i64)
     for t in range(position_T.size):
@@ -223,22 +263,43 @@ def select(
             for i in range(size):
                 query[h, i] = query_TA[t, start + i]
             _rotate(query_TA[t], start, cos_R, sin_R, interleave, query[h], 0)
-        for p in range(length):
-            slot = _slot(pages_P, p + first)
-            score = f32(0.0)
-            for h in range(0, padded, 4):
-                a, b, c, d = _dot4(query, h, keys_ZI, slot)
-                score += weight_H[h] * max(a, f32(0.0)) + weight_H[h + 1] * max(b, f32(0.0))
-                score += weight_H[h + 2] * max(c, f32(0.0)) + weight_H[h + 3] * max(d, f32(0.0))
-            bits_P[p] = _order_bits(score)
+        for page in range((first + length - 1 >> PAGE_BITS) + 1):
+            score_S[:] = f32(0.0)
+            for h in range(heads):
+                head_1S[:] = f32(0.0)
+                for i in range(0, size, 4):
+                    row = pages_P[page] * size + i
+                    parts = query[h, i], query[h, i + 1], query[h, i + 2], query[h, i + 3]
+                    _add4(parts, keys_LS, (row, row + 1, row + 2, row + 3), head_1S, 0, PAGE)
+                for s in range(PAGE):
+                    score_S[s] += weight_H[h] * max(head_1S[0, s], f32(0.0))
+            for s in range(PAGE):
+                p = page * PAGE + s - first
+                if 0 <= p < length:
+                    bits_P[p] = _order_bits(score_S[s])
         _largest(bits_P, length, slot_TK.shape[1], some_P, slot_TK[t])
         for k in range(slot_TK.shape[1]):
             slot_TK[t, k] = _slot(pages_P, slot_TK[t, k] + first)
 
 
+@njit(fastmath=SUMS, error_model="numpy")
+def _softmax(score: Array, row: int, count: int, scale: np.float32) -> None:
+    """Of the first ``count`` of a row, in place; 0 up to the next multiple of 4."""
+    most, total = score[row, 0], f32(0.0)
+    for k in range(count):
+        most = max(most, score[row, k])
+    for k in range(count):
+        score[row, k] = _exp((score[row, k] - most) * scale)
+        total += score[row, k]
+    for k in range(count):
+        score[row, k] /= total
+    for k in range(count, _up_to_4(count)):
+        score[row, k] = f32(0.0)
+
+
 @njit(
     "void(float32[:, ::1], int64[::1], float32[:, ::1], float32[:, ::1], boolean, int64[:, ::1],"
-    "int64[::1], float32[:, ::1], float32[:, :, ::1], float32, float32[:, ::1])",
+    "int64[::1], float32[:, ::1], float32[:, ::1], int64, float32, float32[:, ::1])",
     nogil=True,
     cache=True,
     fastmath=SUMS,
@@ -246,62 +307,55 @@ def select(
 )
 def attend(
     query_TA: Array, position_T: Array, cos_PR: Array, sin_PR: Array, interleave: bool,
-    slot_TK: Array, count_T: Array, latents_ZX: Array, joint_HOC: Array, scale: np.float32,
-    out_TA: Array,
+    slot_TK: Array, count_T: Array, latents_ZX: Array, joint_OC: Array, heads: int,
+    scale: np.float32, out_TA: Array,
 ) -> None:  # fmt: skip
-    """Absorbed attention of each token over its slots; the output projection is left out."""
-    heads, rows, latent = joint_HOC.shape
-    width, rotated = latents_ZX.shape[1], 2 * cos_PR.shape[1]
-    value = out_TA.shape[1] // heads
-    nope, padded = rows - value, (heads + 3) // 4 * 4
+    """Absorbed attention of each token over its slots; the output projection is left out. Rows of
+    ``joint_OC``: keys, then values of a head, both multiples of 4, after those of the head before.
+    """
+    rows, latent, width = joint_OC.shape[0] // heads, joint_OC.shape[1], latents_ZX.shape[1]
+    value, rotated = out_TA.shape[1] // heads, width - latent
+    nope, padded, most = rows - value, _up_to_4(heads), _up_to_4(slot_TK.shape[1])
     query, mixed = np.zeros((padded, width), f32), np.empty((heads, latent), f32)
-    share = np.empty((padded, slot_TK.shape[1]), f32)
+    share, slot_K = np.empty((padded, most), f32), np.zeros(most, i64)
     for t in range(position_T.size):
         count = count_T[t]
+        slot_K[:count] = slot_TK[t, :count]
+        cos_R, sin_R = cos_PR[position_T[t]], sin_PR[position_T[t]]
+        query[:heads, :latent] = f32(0.0)
         for h in range(heads):
-            start = h * (nope + rotated)
-            for c in range(latent):
-                query[h, c] = f32(0.0)
-            for n in range(nope):
-                number = query_TA[t, start + n]
-                for c in range(latent):
-                    query[h, c] += number * joint_HOC[h, n, c]
-            cos_R, sin_R = cos_PR[position_T[t]], sin_PR[position_T[t]]
+            start, first = h * (nope + rotated), h * rows
+            for n in range(0, nope, 4):
+                a, b = query_TA[t, start + n], query_TA[t, start + n + 1]
+                c, d = query_TA[t, start + n + 2], query_TA[t, start + n + 3]
+                row = first + n
+                _add4((a, b, c, d), joint_OC, (row, row + 1, row + 2, row + 3), query, h, latent)
             _rotate(query_TA[t], start + nope, cos_R, sin_R, interleave, query[h], latent)
         for k in range(count):
-            slot = slot_TK[t, k]
             for h in range(0, padded, 4):
-                a, b, c, d = _dot4(query, h, latents_ZX, slot)
+                a, b, c, d = _dot4(query, h, latents_ZX, slot_K[k])
                 share[h, k], share[h + 1, k] = a, b
                 share[h + 2, k], share[h + 3, k] = c, d
+        mixed[:] = f32(0.0)
         for h in range(heads):
-            most, total = share[h, 0], f32(0.0)
-            for k in range(count):
-                most = max(most, share[h, k])
-            for k in range(count):
-                share[h, k] = f32(exp((share[h, k] - most) * scale))
-                total += share[h, k]
-            for c in range(latent):
-                mixed[h, c] = f32(0.0)
-            for k in range(count):
-                slot, part = slot_TK[t, k], share[h, k] / total
-                for c in range(latent):
-                    mixed[h, c] += part * latents_ZX[slot, c]
-            for v in range(value):
-                total = f32(0.0)
-                for c in range(latent):
-                    total += joint_HOC[h, nope + v, c] * mixed[h, c]
-                out_TA[t, h * value + v] = total
+            _softmax(share, h, count, scale)
+            for k in range(0, _up_to_4(count), 4):
+                parts = share[h, k], share[h, k + 1], share[h, k + 2], share[h, k + 3]
+                slots = slot_K[k], slot_K[k + 1], slot_K[k + 2], slot_K[k + 3]
+                _add4(parts, latents_ZX, slots, mixed, h, latent)
+            for v in range(0, value, 4):
+                a, b, c, d = _dot4(joint_OC, h * rows + nope + v, mixed, h)
+                place = h * value + v
+                out_TA[t, place], out_TA[t, place + 1] = a, b
+                out_TA[t, place + 2], out_TA[t, place + 3] = c, d
 
 
 @njit(error_model="numpy")
 def _silu(x: np.float32) -> np.float32:
-    return f32(x / (f32(1.0) + f32(exp(-x))))
+    return f32(x / (f32(1.0) + _exp(-x)))
 
 
-@njit(
-    "void(float32[:, ::1], int64, float32[:, ::1])", nogil=True, cache=True, error_model="numpy"
-)
+@njit("void(float32[:, ::1], int64, float32[:, ::1])", nogil=True, cache=True, error_model="numpy")
 def silu_times(joint_TA: Array, first: int, inner_TI: Array) -> None:
     """silu(gate) * up of columns [gate | up] from ``first`` on."""
     size = inner_TI.shape[1]
@@ -351,7 +405,7 @@ def choose_experts(
     free_E = np.empty(number, np.bool_)
     for t in range(joint_TA.shape[0]):
         for e in range(number):
-            score_E[e] = f32(f32(1.0) / (f32(1.0) + f32(exp(-joint_TA[t, e]))))
+            score_E[e] = f32(f32(1.0) / (f32(1.0) + _exp(-joint_TA[t, e])))
             choice_E[e] = score_E[e] + bias_E[e]
             free_E[e] = True
         if groups > 1:
@@ -388,7 +442,11 @@ def add_experts(
     """
     tokens, choices = expert_TK.shape
     number, hidden, size = down_EDI.shape
-    inner, own_N, gate_N = np.empty((tokens, size), f32), np.empty(tokens, i64), np.empty(tokens, f32)
+    inner, own_N, gate_N = (
+        np.empty((tokens, size), f32),
+        np.empty(tokens, i64),
+        np.empty(tokens, f32),
+    )
     for e in range(number):
         count = 0
         for t in range(tokens):

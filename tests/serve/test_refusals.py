@@ -137,7 +137,8 @@ def test_a_full_queue_says_when_to_come_again(slow: tuple[Running, ScriptedEngin
     running_server, engine = slow
     with httpx2.Client(base_url=running_server.url, timeout=30) as http:
         with http.stream("POST", CHAT, json=HI | {"stream": True, "n": 8}) as busy:
-            next(busy.iter_lines())
+            lines = busy.iter_lines()  # held: its end would close the stream
+            next(lines)
             refused = http.post(CHAT, json=HI)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["Retry-After"]) >= 1
@@ -161,7 +162,8 @@ def test_a_client_that_leaves_ends_its_request(slow: tuple[Running, ScriptedEngi
     with httpx2.Client(base_url=running_server.url, timeout=0.5) as http:
         if stream:
             with http.stream("POST", CHAT, json=HI | {"stream": True}) as answer:
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # held: its end would close the stream
+                next(lines)
                 assert running_server.service.admission.taken == 1
         else:
             with pytest.raises(httpx2.ReadTimeout):

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from fourge.serve.errors import ApiError, from_error
 
 _LOG = logging.getLogger("fourge.serve")
+_ENCODER = json.JSONEncoder(separators=(",", ":"))  # json.dumps would make one for every event
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 Events = AsyncGenerator[bytes, None]
@@ -36,7 +37,7 @@ class ClientGone(Exception):
 def event(document: Any, name: str | None = None) -> bytes:
     """One event; Anthropic's and the responses API's have names."""
     head = f"event: {name}\n" if name else ""
-    return f"{head}data: {json.dumps(document, separators=(',', ':'))}\n\n".encode()
+    return f"{head}data: {_ENCODER.encode(document)}\n\n".encode()
 
 
 def api_error(error: Exception) -> ApiError:

@@ -1,4 +1,4 @@
-# make demo    quantize, examine, evaluate and report the bundled example model
+# make demo    quantize, examine, evaluate, report and serve the bundled example model
 # make test    the whole test suite
 # make check   format, lint, types
 # make format  rewrite the files as `make check` wants them
@@ -23,6 +23,7 @@ demo: .venv/installed
 	$(BIN)/fourge doctor $(OUT) --source $(SOURCE) --record
 	$(BIN)/fourge evaluate $(OUT) --reference $(SOURCE) $(HELD_OUT) --tokens 24576
 	$(BIN)/fourge report $(OUT)
+	$(BIN)/python examples/talk.py $(OUT)
 
 test: .venv/installed
 	$(BIN)/pytest

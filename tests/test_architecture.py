@@ -23,6 +23,7 @@ LEVELS = {
     "evaluate": 4,
     "launch": 5,
     "reports": 5,
+    "serve": 5,
     "cli": 6,
 }
 # Imported by --help, plan and inspect, which answer at once.

@@ -73,7 +73,7 @@ class LLM:
         self._grammars: GrammarCompiler | None = None
         self.engine = Engine(
             folder,
-            compile_grammar=self._matcher if has_tokenizer else None,
+            compile_grammar=self.matcher if has_tokenizer else None,
             on_progress=on_progress,
             device=device,
             cache_tokens=cache_tokens,
@@ -141,7 +141,8 @@ class LLM:
             raise RequestError(f"there are {count} prompts and {len(params)} SamplingParams.")
         return list(params)
 
-    def _matcher(self, wanted: StructuredOutputs) -> Matcher:
+    def matcher(self, wanted: StructuredOutputs) -> Matcher:
+        """A grammar at its beginning; compiled grammars are kept. RequestError: it is malformed."""
         if self._grammars is None:
             assert self.tokenizer is not None
             self._grammars = GrammarCompiler(

@@ -106,3 +106,11 @@ def test_half_a_character_is_shown_at_the_end_or_before_a_special_token(tokenize
     assert detokenizer.feed(half) == ""
     assert detokenizer.finish() == "\ufffd"
     assert detokenizer.finish() == ""
+
+
+def test_broken_bytes_without_end_are_shown_and_forgotten(tokenizer):
+    half = encode(tokenizer, "\U0001f642", rendered=True)[1]
+    detokenizer = Detokenizer(tokenizer)
+    texts = [detokenizer.feed(half) for _ in range(20)]
+    assert texts == [*[""] * 7, "\ufffd" * 8, *[""] * 7, "\ufffd" * 8, *[""] * 4]
+    assert detokenizer.finish() == "\ufffd" * 4

@@ -75,9 +75,10 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     *,
     add_generation_prompt: bool = False,
+    continue_final_message: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> str:
-    """The prompt text of normalised messages.
+    """The prompt text of normalised messages. continue_final_message: it ends within the last one.
 
     ``options`` are the template's own (enable_thinking, clear_thinking). Raises CheckpointError if
     the checkpoint has no chat template or a malformed one, MessageError if it refuses the messages
@@ -99,6 +100,7 @@ def render(
             tools=[dict(tool) for tool in tools] if tools else None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             **(options or {}),
         )
     except TemplateSyntaxError as error:

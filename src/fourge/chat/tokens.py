@@ -62,6 +62,11 @@ def tag_ids(tokenizer: "Tokenizer") -> dict[int, str]:
     return {vocabulary[tag]: tag for tag in (*TAGS, *STOPS) if tag in vocabulary}
 
 
+# A character has four bytes at most, so that many tokens without one are broken bytes. A stream of
+# them would be held for ever, and each one decoded with all before it.
+_MOST_HELD = 8
+
+
 class Detokenizer:
     """Token ids -> text, one at a time; bytes are held back until they are a whole character."""
 
@@ -76,7 +81,10 @@ class Detokenizer:
         self._held.append(token_id)
         text = self._stream.step(self._backend, token_id)
         if text is None:
-            return ""
+            if len(self._held) < _MOST_HELD:
+                return ""
+            text = str(self._tokenizer.decode(self._held))
+            self._stream = DecodeStream(skip_special_tokens=False)
         self._held = []
         return text
 

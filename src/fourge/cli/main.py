@@ -22,6 +22,8 @@ VERBS = (
     "doctor",
     "evaluate",
     "report",
+    "serve",
+    "chat",
     "launch",
     "check-launch",
     "inspect",

@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from fourge.engine.engine import Engine, Progressed
@@ -40,7 +40,7 @@ class AsyncEngine:
 
     async def generate(
         self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None
-    ) -> AsyncIterator[Progressed]:
+    ) -> AsyncGenerator[Progressed, None]:
         """What each step gives, until one has a ``finish_reason``. RequestError: it cannot be
         served. EngineError: the engine is closed, or was while the request ran.
         """
@@ -75,6 +75,11 @@ class AsyncEngine:
     def stats(self) -> dict[str, Any]:
         """See Engine.stats."""
         return self._engine.stats()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread still works."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """End all requests, and the thread."""

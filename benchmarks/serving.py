@@ -1,0 +1,181 @@
+"""What the server costs over the engine it serves, on the example model, in one run.
+
+    .venv/bin/python benchmarks/serving.py [--threads 1] [--rounds 3] [--tokens 48]
+
+1, 16 and 64 clients each ask, wait for the whole stream, and ask again. "bare": the same prompts
+through AsyncEngine in this process, nothing but tokens. "served": streams of chat completions from
+a `fourge serve` process; this process is the clients then, and shares the processor with it. Rounds
+of the two alternate. Prints one JSON document: for both requests/s, tokens/s, processor time a
+token (of the process with the engine; others on the machine disturb it less), the median and 99th
+percentile of the time between two tokens; and the overhead in requests/s and in processor time.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import torch
+from quantize_vs_modelopt import REPOSITORY, describe_run
+
+from fourge import SamplingParams
+from fourge.serve.preparing import Conversation, Sampling, chat_job
+from fourge.serve.run import Setup, load
+from fourge.serve.served import Served
+
+MODEL = REPOSITORY / "examples" / "tiny-glm"
+CLIENTS = (1, 16, 64)
+REQUESTS_EACH = 2
+LEAST_REQUESTS = 12
+SEQUENCES = 64
+
+Tokens = Callable[[int], AsyncIterator[None]]  # one item a token of request number n
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The server against its bare engine.")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    served = load(Setup(checkpoint=MODEL, engine=sizes()), lambda done, total: None)
+    process, url = start_server(options.threads)
+    try:
+        report = {
+            "benchmark": "serving",
+            **describe_run(),
+            "threads": options.threads,
+            "rounds": options.rounds,
+            "tokens": options.tokens,
+            "clients": [measure(served, url, process.pid, clients, options) for clients in CLIENTS],
+        }
+    finally:
+        process.terminate()
+        process.wait()
+        served.engine.close()
+    print(json.dumps(report, indent=2))
+
+
+def sizes() -> dict[str, Any]:
+    return {"device": "cpu", "max_num_seqs": SEQUENCES, "enable_prefix_caching": False}
+
+
+def start_server(threads: int) -> tuple[subprocess.Popen, str]:
+    command = [
+        sys.executable, "-m", "fourge.cli.main", "serve", str(MODEL), "--port", "0",
+        "--device", "cpu", "--max-num-seqs", str(SEQUENCES), "--no-prefix-caching",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": f"{threads}"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("serving "):
+            # The log goes on; nobody may let it wait.
+            subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)
+            return process, line.split()[-1]
+    raise SystemExit("the server did not start")
+
+
+def measure(
+    served: Served, url: str, pid: int, clients: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    ours, server = psutil.Process(), psutil.Process(pid)
+    ways: dict[str, Callable[[], Awaitable[dict[str, float]]]] = {
+        "bare": lambda: run(clients, lambda number: bare(served, number, options.tokens), ours),
+        "served": lambda: run(clients, lambda number: stream(url, number, options.tokens), server),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for number in range(options.rounds + 1):
+        for name, way in ways.items():
+            result = asyncio.run(way())  # type: ignore[arg-type]
+            if number:  # the first one warms up
+                found[name].append(result)
+    median = {
+        (name, what): statistics.median(one[what] for one in rounds)
+        for name, rounds in found.items()
+        for what in ("requests_per_s", "processor_s_per_token")
+    }
+    return {
+        "clients": clients,
+        "overhead": median["bare", "requests_per_s"] / median["served", "requests_per_s"] - 1,
+        "processor_overhead": median["served", "processor_s_per_token"]
+        / median["bare", "processor_s_per_token"]
+        - 1,
+        **found,
+    }
+
+
+async def run(clients: int, tokens_of: Tokens, process: psutil.Process) -> dict[str, float]:
+    """Every client asks, reads to the end, and asks again. ``process`` has the engine."""
+    total = max(LEAST_REQUESTS, clients * REQUESTS_EACH)
+    numbers = iter(range(total))
+    gaps: list[float] = []
+    firsts: list[float] = []
+
+    async def client() -> None:
+        for number in numbers:
+            last = begun = time.perf_counter()
+            async for _ in tokens_of(number):
+                now = time.perf_counter()
+                (firsts if last == begun else gaps).append(now - last)
+                last = now
+
+    worked = sum(process.cpu_times()[:2])
+    begun = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    seconds = time.perf_counter() - begun
+    worked = sum(process.cpu_times()[:2]) - worked
+    ordered = sorted(gaps)
+    return {
+        "requests_per_s": total / seconds,
+        "tokens_per_s": (len(gaps) + len(firsts)) / seconds,
+        "processor_s_per_token": worked / (len(gaps) + len(firsts)),
+        "first_token_s": statistics.median(firsts),
+        "between_tokens_s": statistics.median(ordered),
+        "between_tokens_p99_s": ordered[int(len(ordered) * 0.99)],
+    }
+
+
+def question(number: int) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": f"Question {number}: " + "what do rivers carry? " * 8}]
+
+
+async def bare(served: Served, number: int, tokens: int) -> AsyncIterator[None]:
+    job = chat_job(served, Conversation(messages=question(number)), Sampling())
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=number, logprobs=0)
+    async for progressed in served.engine.generate(job.prompts[0], params):
+        for _ in progressed.token_ids:
+            yield
+
+
+async def stream(url: str, number: int, tokens: int) -> AsyncIterator[None]:
+    """A plain client, so that little of the processor goes to it: one line of JSON a token."""
+    address = urlsplit(url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    body = json.dumps(
+        {
+            "model": MODEL.name, "messages": question(number), "max_tokens": tokens, "stream": True,
+            "ignore_eos": True, "seed": number, "logprobs": True,
+        }
+    ).encode()  # fmt: skip
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: fourge\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    )
+    async for line in reader:
+        if b'"logprobs":{' in line:  # asked for, so that every token has its event
+            yield
+    writer.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""A server from start to end: bind, load beside the event loop, serve, drain, close.
+
+The address is bound first, so a port that is taken costs no loading; /health says 503 until the
+model is there. SIGTERM and SIGINT let the requests under way end (for ``drain_s`` at most); a
+second one ends them at once.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from fourge.chat.template import normalise, render
+from fourge.engine.async_engine import AsyncEngine
+from fourge.engine.loader import OnProgress
+from fourge.engine.params import SamplingParams
+from fourge.errors import CheckpointError, RequestError
+from fourge.llm import LLM
+from fourge.serve.app import create_app
+from fourge.serve.limits import Limits
+from fourge.serve.served import Served
+from fourge.serve.service import Service
+
+_NOT_PREFERRED = {"structured_outputs", "seed", "logprobs", "prompt_logprobs", "cache_salt"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the command line says. ``engine``: see engine/options.py."""
+
+    checkpoint: Path
+    names: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+    preferred: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    engine: Mapping[str, Any] = field(default_factory=dict)
+
+
+def serve(setup: Setup, *, on_progress: OnProgress, on_ready: Callable[[str], None]) -> None:
+    """Serve until a signal says otherwise. ``on_ready`` gets the URL. Raises FourgeError
+    subclasses, and OSError if the address cannot be had."""
+    with _bound(setup.host, setup.port) as listener:
+        log = logging.getLogger("fourge.serve")
+        log.setLevel(logging.INFO)
+        log.addHandler(logging.StreamHandler(sys.stderr))
+        asyncio.run(_serve(setup, listener, on_progress, on_ready))
+
+
+def load(setup: Setup, on_progress: OnProgress) -> Served:
+    """The checkpoint, ready to serve."""
+    options = dict(setup.engine)
+    llm = LLM(
+        setup.checkpoint,
+        cache_dtype=options.pop("kv_cache_dtype", "auto"),
+        speculative_tokens=options.pop("num_speculative_tokens", 0),
+        on_progress=on_progress,
+        **options,
+    )
+    if llm.tokenizer is None:
+        raise CheckpointError(
+            f"{setup.checkpoint} has no tokenizer, and a server needs one: copy the model's"
+            " tokenizer files there."
+        )
+    if setup.template_options:
+        hello = normalise([{"role": "user", "content": "Hello"}])
+        render(llm.tokenizer, hello, add_generation_prompt=True, options=setup.template_options)
+    engine = llm.engine
+    engine.check([0], preferred_params(setup.preferred))
+    defaults = engine.defaults
+    from_checkpoint = {
+        name: getattr(defaults, name)
+        for name in ("temperature", "top_p", "top_k", "repetition_penalty")
+    }
+    return Served(
+        names=setup.names or (setup.checkpoint.resolve().name,),
+        tokenizer=llm.tokenizer,
+        engine=AsyncEngine(engine),
+        check=engine.check,
+        compile_grammar=llm.matcher,
+        vocab_size=engine.config.vocab_size,
+        max_model_len=engine.sizes.max_model_len,
+        max_num_seqs=engine.options.max_num_seqs,
+        num_speculative_tokens=engine.options.num_speculative_tokens,
+        preferred=from_checkpoint | dict(setup.preferred),
+        template_options=setup.template_options,
+        created=int(time.time()),
+        details={one.name: getattr(engine.options, one.name) for one in fields(engine.options)}
+        | {"cache_kind": engine.sizes.cache_kind, "device": str(engine.device)},
+    )
+
+
+def preferred_params(preferred: Mapping[str, Any]) -> SamplingParams:
+    """RequestError: a name that is no default for sampling."""
+    known = {one.name for one in fields(SamplingParams)} - _NOT_PREFERRED
+    unknown = sorted(preferred.keys() - known)
+    if unknown:
+        raise RequestError(
+            f"the preferred sampling parameters have {', '.join(unknown)}; known are"
+            f" {', '.join(sorted(known))}."
+        )
+    return SamplingParams(**preferred)
+
+
+async def _serve(
+    setup: Setup, listener: socket.socket, on_progress: OnProgress,
+    on_ready: Callable[[str], None],
+) -> None:  # fmt: skip
+    service = Service(setup.limits, setup.api_keys)
+    config = uvicorn.Config(
+        create_app(service), log_config=None, access_log=False, lifespan="off", server_header=False,
+        timeout_graceful_shutdown=round(setup.limits.drain_s),
+    )  # fmt: skip
+    server = _Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        server.force_exit = service.draining
+        service.draining = server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    loading = asyncio.create_task(asyncio.to_thread(load, setup, on_progress))
+    try:
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            service.begin_serving(loading.result())
+            host, port = listener.getsockname()[:2]
+            on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        await serving
+    finally:
+        server.should_exit = True
+        await asyncio.gather(serving, loading, return_exceptions=True)
+        await asyncio.to_thread(service.close)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signals: it would end the process by raising them again."""
+
+    @contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen: {error.strerror}", f"{host}:{port}") from None
+    return listener

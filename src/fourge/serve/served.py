@@ -1,0 +1,80 @@
+"""What the server serves: a loaded checkpoint, as far as the surfaces need to know it."""
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fourge.chat.tokens import tag_ids
+from fourge.engine.engine import Progressed
+from fourge.engine.params import SamplingParams, StructuredOutputs
+from fourge.serve.errors import ApiError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+class TokenEngine(Protocol):
+    """Tokens in, tokens out (engine/async_engine.py)."""
+
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None
+    ) -> AsyncGenerator[Progressed, None]: ...
+
+    def stats(self) -> dict[str, Any]: ...
+
+    @property
+    def is_alive(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """``check`` and ``compile_grammar`` raise RequestError for what the engine would refuse; both
+    may take a while and belong in a worker thread. ``preferred``: sampling parameters of requests
+    that name none; ``template_options``: likewise of the chat template.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: "Tokenizer"
+    engine: TokenEngine
+    check: Callable[[Sequence[int], SamplingParams], SamplingParams]
+    compile_grammar: Callable[[StructuredOutputs], object]
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    num_speculative_tokens: int = 0
+    eos_token_ids: frozenset[int] = frozenset()
+    preferred: Mapping[str, Any] = field(default_factory=dict)
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    created: int = 0  # Unix seconds
+    details: Mapping[str, Any] = field(default_factory=dict)  # for /server_info
+
+    @cached_property
+    def tag_ids(self) -> dict[int, str]:
+        """Token id -> tag of the protocol."""
+        return tag_ids(self.tokenizer)
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are not text."""
+        added = self.tokenizer.added_tokens_decoder
+        return frozenset(number for number, token in added.items() if token.special)
+
+    def check_name(self, model: str | None) -> None:
+        """ApiError 404 unless the model is served under this name."""
+        if model is not None and model not in self.names:
+            raise ApiError(
+                404, f"the model {model!r} is not served here: use {', '.join(self.names)}.",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+
+    def token_text(self, token: int) -> str:
+        """The token by itself; a part of a character is U+FFFD."""
+        return str(self.tokenizer.decode([token]))
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: what cannot come has vllm's figure."""
+    return max(logprob, -9999.0)

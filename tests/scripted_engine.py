@@ -1,0 +1,84 @@
+"""An engine that says what it is told, with the interface of AsyncEngine; for tests of serving."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from fourge.chat.tokens import load_tokenizer
+from fourge.engine.engine import Progressed
+from fourge.engine.params import Defaults, SamplingParams, resolved
+from fourge.engine.request import Request
+from fourge.serve.served import Served
+
+EOS = 2027  # <|endoftext|> of the example's tokenizer
+
+
+@dataclass
+class ScriptedEngine:
+    """Gives the next of ``scripts`` (tokens) to every request, ``stride`` tokens a step.
+
+    ``prompts`` and ``params`` are what was asked; ``under_way`` counts requests that go on.
+    """
+
+    scripts: list[list[int]]
+    stride: int = 1
+    pause_s: float = 0.0
+    finish: str = "stop"
+    prompts: list[list[int]] = field(default_factory=list)
+    params: list[SamplingParams] = field(default_factory=list)
+    under_way: int = 0
+    is_alive: bool = True
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None
+    ) -> AsyncGenerator[Progressed, None]:
+        script = self.scripts[len(self.prompts) % len(self.scripts)]
+        self.prompts.append(list(prompt))
+        self.params.append(params)
+        request = Request(
+            request_id=str(request_id), tokens=list(prompt), num_prompt=len(prompt),
+            max_length=4096, params=params, stop_tokens=frozenset({EOS}), seed=0, arrival=0,
+            arrived_s=monotonic(), num_cached=min(64, len(prompt)),
+        )  # fmt: skip
+        tokens = [*script, EOS] if self.finish == "stop" else script
+        self.under_way += 1
+        try:
+            for start in range(0, len(tokens), self.stride):
+                await asyncio.sleep(self.pause_s)
+                taken = tokens[start : start + self.stride]
+                request.tokens += taken
+                ends = start + self.stride >= len(tokens)
+                yield Progressed(request, taken, [], self.finish if ends else None)
+        finally:
+            self.under_way -= 1
+
+    def stats(self) -> dict[str, Any]:
+        counters = dict.fromkeys(
+            ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "preemptions", "drafts",
+             "draft_tokens", "accepted_tokens", "waiting"), 0,
+        )  # fmt: skip
+        return counters | {"running": self.under_way, "cache_usage": 0.0}
+
+    def close(self) -> None:
+        self.is_alive = False
+
+
+def scripted(folder: Path, *texts: str, **options: Any) -> tuple[Served, ScriptedEngine]:
+    """A model that answers with ``texts``, one after the other, and its engine."""
+    tokenizer = load_tokenizer(folder)
+    engine = ScriptedEngine([tokenizer.encode(text) for text in texts], **options)
+    defaults = Defaults(eos_token_ids=frozenset({EOS}))
+    served = Served(
+        names=("tiny-glm", "glm"),
+        tokenizer=tokenizer,
+        engine=engine,
+        check=lambda prompt, params: resolved(params, defaults, 2048),
+        compile_grammar=lambda wanted: None,
+        vocab_size=2048,
+        max_model_len=4096,
+        max_num_seqs=8,
+    )
+    return served, engine

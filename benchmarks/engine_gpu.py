@@ -3,9 +3,7 @@
     python benchmarks/engine_gpu.py [--layers 4] [--context 8192] [--out FILE]
 
 Random weights of GLM-5.1's real shapes: layers (the first one dense, the others of 256 NVFP4
-experts, 5.4 GB each), embedding and head. Needs 45 GB of device memory with 4 layers, or 3 GB more
-than one layer of BF16 experts (19 GB) for the comparison, whichever is larger. Writes one JSON
-document:
+experts, 5.4 GB each), embedding and head. Needs 27 GB of device memory. Writes one JSON document:
 
 copy       bytes per second of a large copy, read and written: the bandwidth that floors come from
 experts    one layer's routed experts: packed, and BF16 through torch's grouped product

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine_models import SMALL, greedy, pack_experts, random_tokens, serve
+from fourge.engine import graphs
 from fourge.engine.engine import Engine
 from fourge.engine.request import Request
 
@@ -54,10 +55,10 @@ def test_what_is_decoded_is_what_the_model_says(
     engine = Engine(packed, **GPU, kv_cache_dtype=kind, **options)
     assert engine.experts == "packed"
     assert 0 < distance(decoded(engine), Engine(packed, **SMALL)) < 0.1
-    graphs = engine._runner._graphs
-    assert (graphs is None) == eager
-    if graphs is not None:
-        assert {count for _, _, count in graphs._captured} >= {1 + drafts}
+    captured = engine._runner._graphs
+    assert (captured is None) == eager
+    if captured is not None:
+        assert {count for _, _, count in captured._captured} >= {1 + drafts}
 
 
 def test_graphs_of_any_company_give_what_eager_steps_give(packed: Path) -> None:
@@ -67,9 +68,19 @@ def test_graphs_of_any_company_give_what_eager_steps_give(packed: Path) -> None:
     lengths = [greedy(logprobs=0, max_tokens=count) for count in (9, 14, 21, 30)]
     for _ in range(2):  # the second time, all graphs are there
         assert distance(serve(engine, PROMPTS, lengths), exact) < 0.1
-    graphs = engine._runner._graphs
-    assert graphs is not None
-    assert {shape[0] for shape in graphs._captured} == {1, 2, 4}
+    assert engine._runner._graphs is not None
+    assert {shape[0] for shape in engine._runner._graphs._captured} == {1, 2, 4}
+
+
+def test_steps_over_many_keys_are_left_to_eager_ones(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "MOST_KEYS", 2 * graphs.LEAST_PAGES * 64)
+    engine = Engine(packed, **GPU)
+    lengths = [greedy(logprobs=0, max_tokens=count) for count in (9, 9, 9, 20)]
+    assert distance(serve(engine, PROMPTS, lengths), Engine(packed, **SMALL)) < 0.1
+    assert engine._runner._graphs is not None
+    assert {shape[0] for shape in engine._runner._graphs._captured} == {1}
 
 
 def test_layers_of_either_kind_of_experts_and_of_both(tiny_glm: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fourge.models.cached import FEW_QUERIES
 # M sequences, N new tokens of each, P pages of each, D hidden
 
 LEAST_PAGES = 32
-MOST_KEYS = 1 << 18  # of all sequences, those of filled up pages included
+MOST_KEYS = 1 << 21  # of all sequences, those of filled up pages included
 
 
 class Inputs(NamedTuple):

@@ -16,6 +16,10 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
+# A token near a tie is routed, or attends, otherwise on another device; the perplexity of a random
+# model, some 400, moved by 0.4 % on an H200.
+PPL_TOLERANCE = 0.01
+
 
 def fourge(*arguments: object) -> str:
     command = [sys.executable, "-m", "fourge.cli.main", *map(str, arguments)]
@@ -48,8 +52,8 @@ def test_figures_equal_those_of_the_cpu(arguments: list[object], tmp_path: Path)
     for lane, tolerance in (("w4a16", 0.02), ("w4a4", 0.05)):
         ours, theirs = on_gpu["lanes"][lane], on_cpu["lanes"][lane]
         assert ours["kl_mean"] == pytest.approx(theirs["kl_mean"], rel=tolerance)
-        assert ours["ppl_candidate"] == pytest.approx(theirs["ppl_candidate"], rel=tolerance / 5)
-        assert ours["ppl_reference"] == pytest.approx(theirs["ppl_reference"], rel=1e-4)
+        for name in ("ppl_candidate", "ppl_reference"):
+            assert ours[name] == pytest.approx(theirs[name], rel=PPL_TOLERANCE)
 
 
 def test_bf16_has_a_floor_below_the_lanes(arguments: list[object], tmp_path: Path):

@@ -113,3 +113,21 @@ def test_exponential() -> None:
     assert np.abs(found / np.exp(x.astype(np.float64)) - 1).max() < 2 * 2**-23
     assert np.isnan(kernels._exp(np.float32(np.nan)))
     assert 0 <= kernels._exp(np.float32(-np.inf)) < 1e-37
+
+
+def test_decode_steps_use_one_thread_and_prompts_all(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(2)
+    engine = Engine(model, **SMALL)
+    target, seen = engine._runner.target, []
+
+    def note(chunks: Sequence[Any]) -> torch.Tensor:
+        seen.append((max(one.num_tokens for one in chunks) > 1, torch.get_num_threads()))
+        return target(chunks)
+
+    monkeypatch.setattr(engine._runner, "target", note)
+    serve(engine, [random_tokens(40, 1)], greedy(max_tokens=3))
+    assert seen == [(True, 2), (False, 1), (False, 1)]
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """Parts of few tokens through the layers, on a CPU in float32: models/decode.py over the cache."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from fourge.models.rope import RopeTable
 # T tokens, D hidden, P positions
 
 # Numbers of an expert's down projection up to which this way was measured to be no slower than the
-# reference (hidden size 1024, 64 experts). Its kernels use one core, torch all threads.
+# reference (hidden size 1024, 64 experts). It computes on one core, torch on all.
 LARGEST_EXPERT = 1024 * 512
 LARGEST_EXPERT_OF_THREADS = 1024 * 128
 
@@ -64,6 +65,19 @@ class Decoder:
             slot_T, position_T, sequence_T, np.array(pages), first, longest, self._cos_PR,
             self._sin_PR,
         )  # fmt: skip
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products of few tokens are over before a second thread has begun, and wait for it all the
+    same: longer than the whole step takes, where others use the machine.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def can_decode(weights: Loaded, config: ModelConfig, cache: PagedCache) -> bool:

@@ -10,6 +10,7 @@ import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from fourge.checkpoint.metadata import read_config
 from fourge.engine import choosing
 from fourge.engine.cache import PagedCache, cached_layers
+from fourge.engine.decoding import one_thread
 from fourge.engine.loader import Loader, OnProgress, stored_bytes
 from fourge.engine.options import EngineOptions, engine_options, resolve
 from fourge.engine.pages import PagePool
@@ -204,20 +206,8 @@ class Engine:
             assert not self._requests, "requests are left, but none can go on"
             return []
         chunks.sort(key=lambda chunk: chunk.num_tokens)  # neighbours of one size go together
-        hidden_TD = self._runner.target(chunks)
-        self._describe_prompts(chunks, hidden_TD)
-        progressed = self._choose(chunks, hidden_TD)
-        self.counters.steps += 1
-        if self.options.num_speculative_tokens:
-            self._draft(chunks, hidden_TD)
-        for chunk in chunks:
-            request = chunk.request
-            if not chunk.samples:
-                request.num_computed = chunk.start + chunk.num_committed
-            self._scheduler.committed(request)
-            if request.finish_reason is not None:
-                self._leave(request)
-        return progressed
+        with one_thread() if self._runner.only_decodes(chunks) else nullcontext():
+            return self._run(chunks)
 
     def stats(self) -> dict[str, Any]:
         """Counters, and how full the engine is."""
@@ -237,6 +227,22 @@ class Engine:
                 count / max(1, counters.drafts) for count in self.accepted_at
             ]
         return found
+
+    def _run(self, chunks: Sequence[Chunk]) -> list[Progressed]:
+        hidden_TD = self._runner.target(chunks)
+        self._describe_prompts(chunks, hidden_TD)
+        progressed = self._choose(chunks, hidden_TD)
+        self.counters.steps += 1
+        if self.options.num_speculative_tokens:
+            self._draft(chunks, hidden_TD)
+        for chunk in chunks:
+            request = chunk.request
+            if not chunk.samples:
+                request.num_computed = chunk.start + chunk.num_committed
+            self._scheduler.committed(request)
+            if request.finish_reason is not None:
+                self._leave(request)
+        return progressed
 
     def _choose(self, chunks: Sequence[Chunk], hidden_TD: torch.Tensor) -> list[Progressed]:
         """Choose tokens for those chunks that end with a request's newest, and commit them."""

@@ -52,6 +52,10 @@ class Runner:
         if self._device.type == "cuda" and not eager and weights.waits_for_nothing:
             self._graphs = DecodeGraphs(self._decode, self._device)
 
+    def only_decodes(self, chunks: Sequence[Chunk]) -> bool:
+        """Whether all of ``chunks`` go the fast way."""
+        return self._decoder is not None and all(one.num_tokens <= FEW_QUERIES for one in chunks)
+
     def target(self, chunks: Sequence[Chunk]) -> torch.Tensor:
         """Hidden states [T, D] after the final norm, of the chunks' tokens one after the other."""
         tokens: list[int] = []

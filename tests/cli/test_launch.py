@@ -1,4 +1,4 @@
-"""launch and check-launch as a user runs them: forms, exit status, errors, and how fast."""
+"""launch and check-launch as a user runs them: forms, exit status, errors, imports."""
 
 import json
 import os
@@ -12,8 +12,6 @@ from fourge.launch.pattern import KNOWN
 from fourge_process import Finished, run, run_fresh
 from hollow_checkpoint import GLM_5_1, write_hollow_nvfp4
 from launch_builders import PUBLISHED
-
-# Beyond Python's own start, in seconds of one core: the machine may be busy with other things.
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """``fourge serve``: an OpenAI- and Anthropic-compatible server on the embedded engine."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -156,10 +157,7 @@ def serve(
     if engine != "embedded":
         _hand_over(context, engine)
         return
-    if _is_given(context, "hardware"):
-        raise EngineError("--hardware is for --engine vllm or sglang: choose one with --device.")
-    if host not in LOCAL_HOSTS and not api_key:
-        say(f"warning: {host} is open to the network, and no --api-key is asked for")
+    _check(context, host, api_key)
     # Heavy: torch, fastapi. Imported here so that --help stays quick.
     from fourge.serve.limits import Limits
     from fourge.serve.run import Setup
@@ -189,6 +187,10 @@ def serve(
         template_options=_object("--chat-template-kwargs", template_options),
         engine=chosen,
     )
+    _run(run, setup, checkpoint)
+
+
+def _run(run: Callable[..., None], setup: Any, checkpoint: Path) -> None:
     with RunDisplay(console) as display:
         run(
             setup,
@@ -196,6 +198,13 @@ def serve(
             on_ready=lambda url: display.note(f"serving {checkpoint} at {url}"),
         )
     display.note("stopped")
+
+
+def _check(context: typer.Context, host: str, keys: list[str] | None) -> None:
+    if _is_given(context, "hardware"):
+        raise EngineError("--hardware is for --engine vllm or sglang: choose one with --device.")
+    if host not in LOCAL_HOSTS and not keys:
+        say(f"warning: {host} is open to the network, and no --api-key is asked for")
 
 
 def _hand_over(context: typer.Context, engine: Literal["vllm", "sglang"]) -> None:

@@ -121,7 +121,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     passes = []
     for spec in recipe.passes:
         entry = asdict(spec)
-        del entry["data"], entry["open_ended"], entry["most_tokens"]
+        del entry["data"], entry["open_ended"], entry["most_tokens"], entry["from_recipe"]
         passes.append(entry)
     return {
         "method": recipe.method,

@@ -100,7 +100,7 @@ def test_required_and_named_tools_are_called_with_valid_arguments(
 def test_a_schema_holds_for_the_answer(client: openai.OpenAI):
     schema = WEATHER["function"]["parameters"]
     form: Any = {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema}}
-    # JSON may hold any number of blanks, and a model so small may write nothing else: then "length".
+    # JSON may hold any number of blanks, and a model so small may write nothing else ("length").
     ended = 0
     for seed in range(8):
         answer = client.chat.completions.create(

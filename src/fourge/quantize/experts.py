@@ -1,0 +1,96 @@
+"""What becomes of the experts of a group: every target's method, the judge, the choice.
+
+A method's rivals are quantized too, and whichever is best on held-out tokens is written: an expert
+is never worse there than ``max`` makes it. Several targets share what they have in common.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fourge.calibrate.kinds import Kind
+from fourge.calibrate.moments import ExpertInputs, LayerInputs, Measures
+from fourge.checkpoint.names import PROJECTIONS, expert_name
+from fourge.layerwise.groups import Group
+from fourge.models.config import ModelConfig
+from fourge.models.moe import Observer, Routed
+from fourge.quantize import judge
+from fourge.quantize.fitting import Fitting
+from fourge.quantize.methods import METHODS
+from fourge.quantize.methods.expert import Expert, Quantized
+from fourge.quantize.recipe import NEEDS
+
+NOTHING = Measures(torch.empty(0), torch.empty(0))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was written for an expert, and how far every candidate was off on held-out tokens."""
+
+    method: str
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+class Inputs:
+    """What a layer's tokens are to the experts of the group at hand; for ``max`` nothing, at no cost."""
+
+    def __init__(
+        self, fitting: Fitting, config: ModelConfig, tokens: int, device: torch.device
+    ) -> None:
+        self._kind, self._config, self._device = fitting.kind, config, device
+        self._wanted = fitting.is_wanted
+        self._layer = LayerInputs(self._kind, config, tokens, device)
+        self._experts: dict[int, ExpertInputs] = {}
+
+    def begin(self, group: Group) -> None:
+        """Forget the last group's experts."""
+        self._experts = {
+            expert: ExpertInputs(self._kind, self._config, self._device)
+            for expert in (group.experts if self._wanted else ())
+        }
+
+    def note(self, routed: Routed, start: int) -> None:
+        """A batch, before its experts run."""
+        if self._wanted:
+            self._layer.note(routed, start)
+
+    def observer(self, also: Observer) -> Observer:
+        """``also``, and this."""
+
+        def observe(
+            expert: int, x_ND: torch.Tensor, h_NI: torch.Tensor, gate_N: torch.Tensor
+        ) -> None:
+            also(expert, x_ND, h_NI, gate_N)
+            self._experts[expert].observe(x_ND, h_NI, gate_N)
+
+        return observe if self._wanted else also
+
+    def quantize(
+        self, group: Group, weights: Mapping[str, torch.Tensor], expert: int, method: str,
+        known: dict[str, Quantized],
+    ) -> tuple[Quantized, Choice]:  # fmt: skip
+        """The best of ``method`` and its rivals. ``known``: what other targets had made of this
+        expert; what is made is added.
+        """
+        names = [expert_name(group.layer, expert, projection) for projection in PROJECTIONS]
+        prefix = names[0].removesuffix("gate_proj.weight")
+        own = Expert(prefix, *(weights[name] for name in names))
+        candidates = (method, *METHODS[method].rivals)
+        for name in candidates:
+            if name not in known:
+                known[name] = METHODS[name].quantize(own, self._measures(expert, own, name))
+        if len(candidates) == 1:
+            return known[method], Choice(method)
+        found = {name: known[name] for name in candidates}
+        held_out = self._experts[expert].held_out
+        errors = judge.output_errors(own, found, held_out, self._layer.sample())
+        chosen = judge.best(errors, method)
+        return known[chosen], Choice(chosen, errors)
+
+    def _measures(self, expert: int, own: Expert, method: str) -> Measures:
+        kind = NEEDS[method]
+        if kind == Kind.NONE:
+            return NOTHING
+        weights = {"gate_proj": own.gate_proj, "up_proj": own.up_proj}
+        return self._experts[expert].measures(kind, self._layer, weights)

@@ -1,0 +1,72 @@
+"""``local-hessian+descent``: scales and codes together, against the error of whole rows.
+
+    minimise (q - w)^T H (q - w) over rows q of NVFP4 values
+
+Begins with local-hessian's scales and nearest codes, then goes through the blocks of 16 columns,
+``ROUNDS`` times. With all other blocks as they are, the best real numbers for block b would be
+
+    t = q_b - H_bb^-1 (H (q - w))_b
+
+so its scale is searched anew for t, by H_bb, and its codes descend from there (formats/search.py);
+the old scale's codes descend too, and the better block stays. Every step lowers the error or leaves
+it. What GPTQ does once, column after column without looking back, is a first step of this: begun
+from GPTQ's codes it ends where it ends without (docs/quality.md).
+"""
+
+import torch
+
+from fourge.calibrate.moments import Measures
+from fourge.formats import kernels
+from fourge.formats.layout import BLOCK_SIZE
+from fourge.formats.nvfp4 import NVFP4Tensor
+from fourge.quantize.methods.expert import Expert, Quantized, tensor_scales
+from fourge.quantize.methods.full import Full, full_measure
+
+ROUNDS = 2
+
+# N rows, K columns, S = 16
+
+
+def quantize_expert(expert: Expert, measures: Measures) -> Quantized:
+    """CheckpointError if a weight is NaN or infinite."""
+    scales = tensor_scales(expert)
+    gate_up = full_measure(measures.gate_up)
+    found = {
+        name: _quantize(getattr(expert, name), scales[name], gate_up)
+        for name in ("gate_proj", "up_proj")
+    }
+    del gate_up
+    measure = full_measure(measures.down)
+    return found | {"down_proj": _quantize(expert.down_proj, scales["down_proj"], measure)}
+
+
+def _quantize(weight: torch.Tensor, scale_2: torch.Tensor, full: Full) -> NVFP4Tensor:
+    w_NK, scale_2 = weight.float(), scale_2.to(weight.device)
+    scale_NB = kernels.search_scales(w_NK, scale_2, full.factor_BSS)
+    q_NK = kernels.dequantize(kernels.round_to(w_NK, scale_NB, scale_2))
+    slope_NK = (q_NK - w_NK) @ full.measure_KK
+    for _ in range(ROUNDS):
+        for block in range(scale_NB.shape[1]):
+            _improve(block, q_NK, scale_NB, slope_NK, scale_2, full)
+    return kernels.round_to(q_NK, scale_NB, scale_2)
+
+
+def _improve(
+    block: int, q_NK: torch.Tensor, scale_NB: torch.Tensor, slope_NK: torch.Tensor,
+    scale_2: torch.Tensor, full: Full,
+) -> None:  # fmt: skip
+    """Replace a block's scales and codes where that lowers the error; keeps slope = (q - w) H."""
+    columns = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
+    measure_SS = full.measure_KK[columns, columns].contiguous()
+    target_NS = q_NK[:, columns] - slope_NK[:, columns] @ full.inverse_BSS[block]
+    old_N = scale_NB[:, block].contiguous()
+    new_N = kernels.search_scales(target_NS, scale_2, full.factor_BSS[block, None])[:, 0]
+    old, new = (
+        kernels.descend(target_NS, scale_N, scale_2, measure_SS) for scale_N in (old_N, new_N)
+    )
+    is_better_N = new.loss_N < old.loss_N
+    found_NS = torch.where(is_better_N[:, None], new.value_NS, old.value_NS)
+    slope_NK.addmm_(found_NS - q_NK[:, columns], full.measure_KK[columns])
+    q_NK[:, columns] = found_NS
+    codes_N = torch.where(is_better_N, new_N.view(torch.uint8), old_N.view(torch.uint8))
+    scale_NB[:, block] = codes_N.view(torch.float8_e4m3fn)

@@ -4,6 +4,7 @@ A method's rivals are quantized too, and whichever is best on held-out tokens is
 is never worse there than ``max`` makes it. Several targets share what they have in common.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -29,11 +30,19 @@ class Choice:
     """What was written for an expert, and how far every candidate was off on held-out tokens."""
 
     method: str
-    errors: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, judge.Errors] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What has been made of one expert so far, by method, and in how many seconds."""
+
+    made: dict[str, Quantized] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Inputs:
-    """What a layer's tokens are to the experts of the group at hand; for ``max`` nothing, at no cost."""
+    """What a layer's tokens are to the experts of the group at hand; for ``max`` nothing."""
 
     def __init__(
         self, fitting: Fitting, config: ModelConfig, tokens: int, device: torch.device
@@ -68,7 +77,7 @@ class Inputs:
 
     def quantize(
         self, group: Group, weights: Mapping[str, torch.Tensor], expert: int, method: str,
-        known: dict[str, Quantized],
+        known: Known,
     ) -> tuple[Quantized, Choice]:  # fmt: skip
         """The best of ``method`` and its rivals. ``known``: what other targets had made of this
         expert; what is made is added.
@@ -78,15 +87,17 @@ class Inputs:
         own = Expert(prefix, *(weights[name] for name in names))
         candidates = (method, *METHODS[method].rivals)
         for name in candidates:
-            if name not in known:
-                known[name] = METHODS[name].quantize(own, self._measures(expert, own, name))
+            if name not in known.made:
+                began = time.monotonic()
+                known.made[name] = METHODS[name].quantize(own, self._measures(expert, own, name))
+                known.seconds[name] = time.monotonic() - began
+        found = {name: known.made[name] for name in candidates}
         if len(candidates) == 1:
-            return known[method], Choice(method)
-        found = {name: known[name] for name in candidates}
+            return found[method], Choice(method)
         held_out = self._experts[expert].held_out
         errors = judge.output_errors(own, found, held_out, self._layer.sample())
         chosen = judge.best(errors, method)
-        return known[chosen], Choice(chosen, errors)
+        return found[chosen], Choice(chosen, errors)
 
     def _measures(self, expert: int, own: Expert, method: str) -> Measures:
         kind = NEEDS[method]

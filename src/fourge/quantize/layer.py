@@ -7,6 +7,7 @@ be shared by the layer.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from fourge.layerwise.machine import measure
 from fourge.layerwise.progress import Progress
 from fourge.models.moe import Routed
 from fourge.models.rope import RopeTable
-from fourge.quantize.experts import Choice, Inputs
+from fourge.quantize.experts import Choice, Inputs, Known
+from fourge.quantize.judge import Errors
 from fourge.quantize.plan import LayerPlan, Plan
 from fourge.quantize.writers import LayerWriter, open_writers
 
@@ -119,7 +121,7 @@ def run_layer(
                 statistics.save(target.statistics_path(plan.layer))
                 write_json(target.choices_path(plan.layer), made.record(target.method))
         activations.commit()
-        timing = measure(time.monotonic() - began) | {"quantizing_seconds": made.seconds}
+        timing = measure(time.monotonic() - began) | {"quantizing_seconds": dict(made.seconds)}
         write_json(job.timing_path(plan.layer), timing)
         for writer in writers:
             writer.commit()
@@ -127,16 +129,19 @@ def run_layer(
 
 
 class Made:
-    """What was chosen for the experts of a layer so far, and what it took."""
+    """What was chosen for the experts of a layer so far, and what every method took: seconds of one
+    thread, those of rivals included.
+    """
 
     def __init__(self, methods: Sequence[str]) -> None:
         self._choices: dict[str, list[Choice]] = {method: [] for method in methods}
-        self.seconds: dict[str, float] = dict.fromkeys(methods, 0.0)
+        self.seconds: Counter[str] = Counter()
 
-    def add(self, method: str, choice: Choice, seconds: float) -> None:
-        """The next expert's; seconds of one thread, of what no earlier method had made."""
-        self._choices[method].append(choice)
-        self.seconds[method] += seconds
+    def add(self, choices: Mapping[str, Choice], seconds: Mapping[str, float]) -> None:
+        """The next expert's."""
+        for method, choice in choices.items():
+            self._choices[method].append(choice)
+        self.seconds.update(seconds)
 
     def record(self, method: str) -> dict:
         """The JSON record of one target: per expert, in expert order."""
@@ -145,7 +150,10 @@ class Made:
             "method": method,
             "chosen": [choice.method for choice in choices],
             "errors": {
-                name: [choice.errors[name] for choice in choices]
+                name: {
+                    lane: [getattr(choice.errors[name], lane) for choice in choices]
+                    for lane in Errors._fields
+                }
                 for name in (choices[0].errors if choices else ())
             },
         }
@@ -185,22 +193,19 @@ def _quantize_experts(
 ) -> None:  # fmt: skip
     """Quantize and write the experts of a group, several at a time."""
 
-    def quantize(expert: int) -> list[tuple[str, Choice, float]]:
-        known = {}
-        results = []
+    def quantize(expert: int) -> tuple[dict[str, Choice], dict[str, float]]:
+        known, choices = Known(), {}
         for target, writer in zip(job.targets, writers, strict=True):
-            began = time.monotonic()
             found, choice = inputs.quantize(group, weights, expert, target.method, known)
-            results.append((target.method, choice, time.monotonic() - began))
+            choices[target.method] = choice
             for projection, tensor in found.items():
                 for part, value in tensor._asdict().items():
                     writer.write(expert_name(group.layer, expert, projection, part), value)
-        return results
+        return choices, known.seconds
 
     with ThreadPoolExecutor(job.plan.workload.workers, thread_name_prefix="quantize") as pool:
-        for results in pool.map(quantize, group.experts):
-            for result in results:
-                made.add(*result)
+        for choices, seconds in pool.map(quantize, group.experts):
+            made.add(choices, seconds)
 
 
 def _input_scales(job: Job, statistics: LayerStatistics) -> list[tuple[torch.Tensor, torch.Tensor]]:

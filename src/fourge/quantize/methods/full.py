@@ -6,11 +6,13 @@ import torch
 
 from fourge.calibrate.kinds import Kind
 from fourge.calibrate.moments import reduced
-from fourge.quantize.methods.search import factor_of
+from fourge.quantize.methods.search import factor_of, factorized
 
 # Of the mean of the diagonal, added to it: the usual share of GPTQ (Frantar et al., arXiv
 # 2210.17323), against errors along directions in which inputs hardly ever lie.
 DAMPING = 0.01
+# The same against the rounding of sums in float32.
+DAMPING_OF_SUMS = 1e-9
 
 
 class Full(NamedTuple):
@@ -33,5 +35,8 @@ def full_measure(moment_KK: torch.Tensor) -> Full:
 
 def inverse_factor(measure_KK: torch.Tensor) -> torch.Tensor:
     """float32 [K, K], upper triangular U: H^-1 = U^T U."""
-    factor = torch.linalg.cholesky(measure_KK.double())
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+    measure_KK = measure_KK.double()
+    mean = measure_KK.diagonal().mean()
+    inverse_KK = torch.cholesky_inverse(factorized(measure_KK, DAMPING_OF_SUMS * mean))
+    inverse_mean = inverse_KK.diagonal().mean()
+    return factorized(inverse_KK, DAMPING_OF_SUMS * inverse_mean).mT.float()

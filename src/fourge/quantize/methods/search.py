@@ -15,8 +15,8 @@ from fourge.formats.layout import BLOCK_SIZE
 from fourge.formats.nvfp4 import NVFP4Tensor
 from fourge.quantize.methods.expert import Expert, Quantized, tensor_scales
 
-# Of the mean of a block's diagonal, added to it: keeps the factor finite where columns are always
-# zero or tell the same.
+# Of the mean of a diagonal, added to it: keeps factors finite where columns are always zero or tell
+# the same. Where rounding of sums makes that too little, ten times as much.
 DAMPING = 1e-6
 
 
@@ -39,9 +39,18 @@ def factor_of(block_BSS: torch.Tensor) -> torch.Tensor:
     block_BSS = block_BSS.double()
     mean_B = block_BSS.diagonal(dim1=-2, dim2=-1).mean(-1)
     # What is never anything but zero is as good with any error: plain squares.
-    damping_B = torch.where(mean_B > 0, DAMPING * mean_B, 1.0)
-    identity = torch.eye(BLOCK_SIZE, dtype=torch.float64, device=block_BSS.device)
-    return torch.linalg.cholesky(block_BSS + damping_B[:, None, None] * identity).float()
+    damping_B11 = torch.where(mean_B > 0, DAMPING * mean_B, 1.0)[:, None, None]
+    return factorized(block_BSS, damping_B11).float()
+
+
+def factorized(matrix: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+    """float64, lower triangular: F F^T = matrix + damping, or a multiple of it, on the diagonal."""
+    identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(matrix + damping * identity)
+        if not bool(failed.any()):
+            return factor
+        damping = 10 * damping
 
 
 def _factor(measure: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,7 @@ def choose(chunks: Sequence[Chunk], logits_NV: torch.Tensor, *, block: bool) -> 
     finite = (~best_N.values.isnan()).tolist()
     raw_NV = logits_NV.clone() if any(_wants_logprobs(one.request) for one in chunks) else None
     bitmask = bitmasks(chunks, logits_NV.shape[1])
+    token_lists: Sequence[list[int] | None]
     if bitmask is None and all(_is_plain(one.request) for one in chunks):
         token_lists = _greedy(chunks, best_N.indices.tolist())
     else:
@@ -47,6 +48,9 @@ def choose(chunks: Sequence[Chunk], logits_NV: torch.Tensor, *, block: bool) -> 
         place = places.stop
         if not all(finite[places]):
             choices.append(Choice([], [], "the model's output is not finite"))
+            continue
+        if tokens is None:
+            choices.append(Choice([], [], "what the request allows leaves no token to choose"))
             continue
         logprobs: list[TokenLogprobs] = []
         if raw_NV is not None and chunk.request.params.logprobs is not None:
@@ -100,7 +104,7 @@ def _wants_logprobs(request: Request) -> bool:
 def _is_plain(request: Request) -> bool:
     """Greedy, without anything that changes logits."""
     params = request.params
-    if params.temperature or params.logit_bias or params.has_penalties:
+    if params.temperature or params.logit_bias or params.has_penalties or params.forbids_tokens:
         return False
     return request.num_output + len(request.drafts) >= params.min_tokens or not request.stop_tokens
 
@@ -121,7 +125,8 @@ def _greedy(chunks: Sequence[Chunk], best: Sequence[int]) -> list[list[int]]:
 
 def _sample(
     chunks: Sequence[Chunk], logits_NV: torch.Tensor, bitmask: torch.Tensor | None, *, block: bool
-) -> list[list[int]]:
+) -> list[list[int] | None]:
+    """None where no token is left to choose."""
     requests = [chunk.request for chunk in chunks]
     counts = [len(chunk.drafts) for chunk in chunks]
     num_drafts, device = max(counts), logits_NV.device
@@ -146,10 +151,12 @@ def _sample(
         uniform(seeds, position_BP, CHOOSE),
         block=block,
     )
-    accepted, following = verdict.accepted_B.tolist(), verdict.token_B.tolist()
+    own_B = torch.arange(len(chunks), device=device)
+    nothing_B = target_BPV[own_B, verdict.accepted_B, 0].isnan()
+    found_3B = torch.stack([verdict.accepted_B, verdict.token_B, nothing_B.long()]).tolist()
     return [
-        [*chunk.drafts[:count], token]
-        for chunk, count, token in zip(chunks, accepted, following, strict=True)
+        None if nothing else [*chunk.drafts[:count], token]
+        for chunk, count, token, nothing in zip(chunks, *found_3B, strict=True)
     ]
 
 

@@ -1,6 +1,6 @@
 """From logits to the distribution that a request samples from.
 
-    logits   grammar's mask, min_tokens, logit_bias, penalties
+    logits   grammar's mask, logit_bias, penalties, tokens that are not allowed, min_tokens
     softmax  of logits / temperature; temperature 0: certainty of the largest
     cut      min_p, then top_k, then top_p, and divided by what is left
 A row is one position of one request; under speculation a request has several, each after more of
@@ -27,18 +27,22 @@ class Row(NamedTuple):
 def target_distributions(
     logits_NV: torch.Tensor, rows: Sequence[Row], bitmask: torch.Tensor | None
 ) -> torch.Tensor:
-    """float32 [N, V]; changes ``logits_NV``. ``bitmask``: int32 [N, ceil(V / 32)], 1 is allowed."""
+    """float32 [N, V]; changes ``logits_NV``. ``bitmask``: int32 [N, ceil(V / 32)], 1 is allowed.
+    A row is NaN where no token is left.
+    """
     if bitmask is not None:
         mask_tokens(logits_NV, bitmask)
     for number, row in enumerate(rows):
         _adjust(logits_NV[number], row)
-    return cut(
+    nothing_N1 = logits_NV.amax(-1, keepdim=True) == -torch.inf
+    probs_NV = cut(
         logits_NV,
         temperature=[row.request.params.temperature or 0.0 for row in rows],
         min_p=[row.request.params.min_p for row in rows],
         top_k=[row.request.params.top_k or 0 for row in rows],
         top_p=[row.request.params.top_p or 1.0 for row in rows],
     )
+    return probs_NV.masked_fill_(nothing_N1, torch.nan)
 
 
 def mask_tokens(logits_NV: torch.Tensor, bitmask: torch.Tensor) -> None:
@@ -113,14 +117,29 @@ def _cut_tail(probs_NV: torch.Tensor, top_k: Sequence[int], top_p: Sequence[floa
 
 def _adjust(logits_V: torch.Tensor, row: Row) -> None:
     request, params = row.request, row.request.params
-    if request.num_output + row.drafts < params.min_tokens and request.stop_tokens:
-        logits_V[sorted(request.stop_tokens)] = -torch.inf
     if params.logit_bias:
         tokens = list(params.logit_bias)
         bias = torch.tensor([float(params.logit_bias[token]) for token in tokens])
         logits_V[tokens] += bias.to(logits_V)
     if params.has_penalties:
         _penalise(logits_V, row)
+    if params.forbids_tokens:
+        _forbid(logits_V, row)
+    if request.num_output + row.drafts < params.min_tokens and request.stop_tokens:
+        logits_V[sorted(request.stop_tokens)] = -torch.inf
+
+
+def _forbid(logits_V: torch.Tensor, row: Row) -> None:
+    """A bad word's last token, where the output ends with those before it (as in vllm)."""
+    params, output = row.request.params, row.request.output + row.request.drafts[: row.drafts]
+    if params.allowed_token_ids is not None:
+        allowed = list(params.allowed_token_ids)
+        kept = logits_V[allowed]
+        logits_V.fill_(-torch.inf)
+        logits_V[allowed] = kept
+    for *before, last in params.bad_words_token_ids:
+        if output[max(0, len(output) - len(before)) :] == before:
+            logits_V[last] = -torch.inf
 
 
 def _penalise(logits_V: torch.Tensor, row: Row) -> None:

@@ -44,6 +44,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "tpu"}, "device is 'tpu'; it must be one of auto, cpu, cuda"),
     "cache": ({"kv_cache_dtype": "int4"}, "one of auto, bf16, fp32, fp8"),
     "drafts": ({"num_speculative_tokens": 9}, "from 0 to 8"),
+    "flying drafts": (
+        {"async_scheduling": True, "num_speculative_tokens": 1},
+        "leave one of the two out",
+    ),
     "budget": ({"max_num_batched_tokens": 64, "num_speculative_tokens": 3}, "takes 128"),
     "too long": ({"max_model_len": 5000}, "the model has 4096 positions"),
     "too little cache": ({"cache_tokens": 128, "max_model_len": 400}, "holds 128 tokens"),

@@ -17,6 +17,7 @@ from fourge.engine.randomness import ACCEPT, CHOOSE, draw, uniform
 from fourge.engine.request import Request
 
 VOCAB = 8
+CPU = torch.device("cpu")
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -4.0])
 
 
@@ -115,11 +116,11 @@ def test_what_has_no_probability_is_never_drawn() -> None:
 
 def test_numbers_depend_on_seed_position_and_purpose_and_are_uniform() -> None:
     positions = np.arange(20_000)
-    numbers = uniform(np.array([7]), positions, CHOOSE)
-    assert torch.equal(numbers[100:200], uniform(np.array([7]), positions[100:200], CHOOSE))
+    numbers = uniform(np.array([7]), positions, CHOOSE, CPU)
+    assert torch.equal(numbers[100:200], uniform(np.array([7]), positions[100:200], CHOOSE, CPU))
     for other in (
-        uniform(np.array([8]), positions, CHOOSE),
-        uniform(np.array([7]), positions, ACCEPT),
+        uniform(np.array([8]), positions, CHOOSE, CPU),
+        uniform(np.array([7]), positions, ACCEPT, CPU),
     ):
         assert (numbers == other).sum() == 0
         assert abs(torch.corrcoef(torch.stack([numbers, other]))[0, 1].item()) < 0.03

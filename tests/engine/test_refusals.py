@@ -134,6 +134,25 @@ def test_a_request_whose_numbers_are_not_finite_ends_alone(model: Path) -> None:
     assert outputs([requests[0], *requests[2:]]) == expected
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
+def test_whoever_gets_the_pages_of_such_a_request_is_not_harmed(
+    model: Path, kind: str, drafts: int
+) -> None:
+    engine = Engine(
+        model, device="cpu", cache_tokens=512, kv_cache_dtype=kind, num_speculative_tokens=drafts,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    prompts = [random_tokens(20, number) for number in range(3)]
+    expected = outputs(serve(engine, prompts, greedy()))
+    used = {token for one in (*prompts, *expected) for token in one}
+    poisoned = next(token for token in range(256) if token not in used)
+    engine._runner._weights.embedding[poisoned] = torch.nan
+    failed = serve(engine, [[poisoned] * 150] * 3, greedy())
+    assert all(one.finish_reason == "error" for one in failed)
+    assert outputs(serve(engine, prompts, greedy())) == expected
+
+
 def test_memory_returns_to_its_start_after_many_requests(model: Path) -> None:
     engine = Engine(model, device="cpu", cache_tokens=1024, num_speculative_tokens=2)
     pool = engine._scheduler.pool

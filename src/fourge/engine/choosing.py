@@ -87,8 +87,8 @@ def choose(chunks: Sequence[Chunk], logits_NV: torch.Tensor, *, block: bool) -> 
         token_BP = _greedy(chunks, best_N.indices)
     else:
         token_BP = _sample(chunks, logits_NV, bitmask, block=block)
-    broken_B1 = _by_request(best_N.values.isnan(), chunks).any(-1, keepdim=True)
-    token_BP = token_BP.masked_fill(broken_B1, NOT_FINITE)
+    broken_BP = _by_request(best_N.values.isnan(), chunks) & (token_BP != -1)
+    token_BP = token_BP.masked_fill(broken_BP.any(-1, keepdim=True), NOT_FINITE)
     fetched = [token_BP]
     if raw_NV is not None:
         fetched += _described(chunks, raw_NV, token_BP)

@@ -12,7 +12,7 @@ from fourge.engine.pages import NOBODY, pages_for
 from fourge.engine.request import Part
 from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.models.config import ModelConfig
-from fourge.models.decode import DecodeStep, Selection, decode_layer, decode_weights
+from fourge.models.decode import DecodeStep, Selection, decode_layer, decode_weights, keep
 from fourge.models.rope import RopeTable
 
 # T tokens, D hidden, P positions
@@ -47,6 +47,13 @@ class Decoder:
             weights, rows = self._layers[layer]
             hidden, selection = decode_layer(hidden, step, weights, self._config, rows, selection)
         return torch.from_numpy(hidden)
+
+    def keep(
+        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layer: int, *, first: int
+    ) -> None:
+        """What the cache holds of the tokens; any number of them."""
+        weights, rows = self._layers[layer]
+        keep(hidden_TD.numpy(), self._step(parts, first), weights, self._config, rows)
 
     def _step(self, parts: Sequence[Part], first: int) -> DecodeStep:
         longest = max(part.position + part.num_tokens for part in parts)

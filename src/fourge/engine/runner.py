@@ -23,7 +23,7 @@ from fourge.engine.pages import NOBODY, pages_for
 from fourge.engine.request import Chunk, Part, Request
 from fourge.engine.transfers import to_device
 from fourge.formats.cache_rows import PAGE_TOKENS
-from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer
+from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer, keep
 from fourge.models.config import ModelConfig
 from fourge.models.linear import linear
 from fourge.models.mtp import mtp_input, mtp_output
@@ -41,6 +41,20 @@ class Newest(NamedTuple):
 
     token_B: torch.Tensor
     rows: Mapping[Request, int]
+
+
+class Shown(NamedTuple):
+    """Tokens for the MTP layer, with the rows of the hidden states before them."""
+
+    tokens: list[int]
+    rows: list[int]
+    parts: list[Part]
+
+    def add(self, tokens: Sequence[int], rows: Sequence[int], part: Part) -> None:
+        if tokens:
+            self.tokens.extend(tokens)
+            self.rows.extend(rows)
+            self.parts.append(part)
 
 
 class Runner:
@@ -130,57 +144,71 @@ class Runner:
         chosen a new token. ``hidden_TD`` is target's result; requests are as after the choice.
         Returns int64 [B, K], or None where nobody drafts.
         """
-        parts, tokens, sources, lasts = [], [], [], []
-        row = 0
-        held = [self._cache.last_hidden_PD[:0]]
-        num_held = 0
-        drafting: list[Request] = []
+        held = [hidden_TD]
+        num_rows, row = len(hidden_TD), 0
+        shown, drafting = Shown([], [], []), Shown([], [], [])
+        requests: list[Request] = []
         for chunk in chunks:
-            request, begin, end = chunk.request, chunk.request.num_predicted, chunk.start + 1
-            stop = chunk.start + chunk.num_tokens + 1
-            if begin < end:  # the first token after a reused prefix
-                page = request.pages[chunk.start // PAGE_TOKENS - 1]
-                held.append(self._cache.last_hidden_PD[page : page + 1])
-                sources.append(len(hidden_TD) + num_held)
-                num_held += 1
-            sources += range(row, row + chunk.num_tokens)
+            request, begin = chunk.request, chunk.request.num_predicted
+            known = request.tokens[begin : chunk.start + chunk.num_tokens + 1]
+            rows = [row + token - chunk.start - 1 for token in range(begin, begin + len(known))]
             row += chunk.num_tokens
-            known = request.tokens[begin:stop]
-            # Places of drafts that did not stand: what they leave in the cache is written over.
-            tokens += known + [0] * (stop - begin - len(known))
-            if chunk.samples and request.finish_reason is None:
-                drafting.append(request)
-                lasts.append(sum(part.num_tokens for part in parts) + len(known) - 1)
-            parts.append(Part(request.pages, begin - 1, stop - begin))
+            if begin < chunk.start + 1:  # the first token after a reused prefix
+                page = request.pages[chunk.start // PAGE_TOKENS - 1]
+                held.append(self._cache.last_hidden_PD[page : page + 1].to(hidden_TD.dtype))
+                rows[0] = num_rows
+                num_rows += 1
             request.num_predicted = begin + len(known)
-        known_TD = torch.cat([hidden_TD, *(one.to(hidden_TD.dtype) for one in held)])
-        hidden_TD = self._mtp(tokens, known_TD[sources], parts)
-        if not drafting:
-            return None
-        return self._draft(drafting, hidden_TD[lasts], num_drafts, choose)
+            if chunk.samples and request.finish_reason is None:
+                drafting.add(known[-1:], rows[-1:], Part(request.pages, len(request.tokens) - 2, 1))
+                requests.append(request)
+                known, rows = known[:-1], rows[:-1]
+            shown.add(known, rows, Part(request.pages, begin - 1, len(known)))
+        known_TD = torch.cat(held) if len(held) > 1 else hidden_TD
+        if shown.tokens:
+            self._show(shown, known_TD)
+        return self._draft(drafting, known_TD, num_drafts, choose) if requests else None
+
+    def _show(self, shown: Shown, hidden_TD: torch.Tensor) -> None:
+        """Keep tokens from which nobody drafts: of the one layer, its output is not needed."""
+        layer, weights = self._config.num_hidden_layers, self._weights.layers[-1]
+        joined_TD = self._mtp_input(shown.tokens, hidden_TD[shown.rows])
+        if self._decoder is not None:
+            self._decoder.keep(joined_TD, shown.parts, layer, first=1)
+            return
+        step = self._step(shown.parts, first=1)
+        keep(joined_TD, step, weights, self._config, layer, self._cache)
 
     def _draft(
-        self, requests: Sequence[Request], hidden_BD: torch.Tensor, num_drafts: int, choose: Choose
+        self, drafting: Shown, hidden_TD: torch.Tensor, num_drafts: int, choose: Choose
     ) -> torch.Tensor:
         """K drafts of each; the layer's own output is recycled, after its norm."""
         head = self._weights.layers[-1].get("shared_head.head.weight", self._weights.head)
-        drafts = []
+        hidden_BD = hidden_TD[drafting.rows]
+        tokens: Sequence[int] | torch.Tensor = drafting.tokens
+        drafts: list[torch.Tensor] = []
         for number in range(num_drafts):
+            parts = [one._replace(position=one.position + number) for one in drafting.parts]
+            hidden_BD = self._mtp(tokens, hidden_BD, parts)
             drafts.append(choose(linear(hidden_BD, head).float(), number))
-            if number + 1 < num_drafts:
-                parts = [Part(one.pages, len(one.tokens) - 1 + number, 1) for one in requests]
-                hidden_BD = self._mtp(drafts[-1], hidden_BD, parts)
+            tokens = drafts[-1]
         return torch.stack(drafts, 1)
 
     def _mtp(
         self, tokens: Sequence[int] | torch.Tensor, hidden_TD: torch.Tensor, parts: Sequence[Part]
     ) -> torch.Tensor:
         layer, weights = self._config.num_hidden_layers, self._weights.layers[-1]
-        table = weights.get("embed_tokens.weight", self._weights.embedding)
-        embedding_TD = self._embed(torch.as_tensor(tokens, device=self._device), table)
-        joined_TD = mtp_input(hidden_TD, embedding_TD, weights, self._config)
+        joined_TD = self._mtp_input(tokens, hidden_TD)
         joined_TD = self._layers(joined_TD, parts, range(layer, layer + 1), first=1)
         return mtp_output(joined_TD, weights, self._config)
+
+    def _mtp_input(
+        self, tokens: Sequence[int] | torch.Tensor, hidden_TD: torch.Tensor
+    ) -> torch.Tensor:
+        weights = self._weights.layers[-1]
+        table = weights.get("embed_tokens.weight", self._weights.embedding)
+        embedding_TD = self._embed(torch.as_tensor(tokens, device=self._device), table)
+        return mtp_input(hidden_TD, embedding_TD, weights, self._config)
 
     def _embed(self, token_T: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         table = self._weights.embedding if table is None else table

@@ -25,8 +25,9 @@ from fourge.engine.transfers import to_device
 from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer, keep
 from fourge.models.config import ModelConfig
+from fourge.models.decode import norm
 from fourge.models.linear import linear
-from fourge.models.mtp import mtp_input, mtp_output
+from fourge.models.mtp import Norm, mtp_input, mtp_output
 from fourge.models.norm import rms_norm
 from fourge.models.rope import RopeTable, rope_table
 
@@ -69,8 +70,9 @@ class Runner:
         self._dtype, self._device = dtype, weights.embedding.device
         self._rope = rope_table(config, num_positions, self._device)
         self._decoder: Decoder | None = None
+        self._norm: Norm = rms_norm
         if can_decode(weights, config, cache):
-            self._decoder = Decoder(weights, config, cache, self._rope)
+            self._decoder, self._norm = Decoder(weights, config, cache, self._rope), norm
         self._graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and not eager and weights.waits_for_nothing:
             self._graphs = DecodeGraphs(self._decode, self._device)
@@ -113,7 +115,7 @@ class Runner:
         return torch.where(source_T < 0, token_T, newest.token_B[source_T.clamp(min=0)])
 
     def _final_norm(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
+        return self._norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
 
     def _decode(self, inputs: Inputs) -> torch.Tensor:
         """The target over tokens whose places lie on the device."""
@@ -200,7 +202,7 @@ class Runner:
         layer, weights = self._config.num_hidden_layers, self._weights.layers[-1]
         joined_TD = self._mtp_input(tokens, hidden_TD)
         joined_TD = self._layers(joined_TD, parts, range(layer, layer + 1), first=1)
-        return mtp_output(joined_TD, weights, self._config)
+        return mtp_output(joined_TD, weights, self._config, self._norm)
 
     def _mtp_input(
         self, tokens: Sequence[int] | torch.Tensor, hidden_TD: torch.Tensor
@@ -208,7 +210,7 @@ class Runner:
         weights = self._weights.layers[-1]
         table = weights.get("embed_tokens.weight", self._weights.embedding)
         embedding_TD = self._embed(torch.as_tensor(tokens, device=self._device), table)
-        return mtp_input(hidden_TD, embedding_TD, weights, self._config)
+        return mtp_input(hidden_TD, embedding_TD, weights, self._config, self._norm)
 
     def _embed(self, token_T: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         table = self._weights.embedding if table is None else table

@@ -144,10 +144,14 @@ def _product(x_TD: Array, weight_DA: torch.Tensor) -> Array:
     return torch.mm(torch.from_numpy(x_TD), weight_DA).numpy()
 
 
-def norm(hidden_TD: Array, weight_D: Array, config: ModelConfig) -> Array:
+def norm(hidden_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
     """As norm.rms_norm."""
+    return torch.from_numpy(_norm(hidden_TD.numpy(), weight_D.numpy(), eps))
+
+
+def _norm(hidden_TD: Array, weight_D: Array, eps: float) -> Array:
     x_TD = np.empty_like(hidden_TD)
-    kernels.add_and_norm(hidden_TD, hidden_TD[:0], weight_D, np.float32(config.rms_norm_eps), x_TD)
+    kernels.add_and_norm(hidden_TD, hidden_TD[:0], weight_D, np.float32(eps), x_TD)
     return x_TD
 
 
@@ -155,7 +159,7 @@ def keep(
     hidden_TD: Array, step: DecodeStep, weights: DecodeWeights, config: ModelConfig, rows: Rows
 ) -> tuple[Array, Array]:
     """As cached.keep: the joint product of the layer's input, and the query latent, normed."""
-    x_TD = norm(hidden_TD, weights.input_norm, config)
+    x_TD = _norm(hidden_TD, weights.input_norm, config.rms_norm_eps)
     first_TA = _product(x_TD, weights.first_DA)
     query_TQ, num_query = x_TD, weights.query_norm.size
     if num_query:

@@ -37,16 +37,19 @@ class Decoder:
         ]
 
     def run(
-        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layers: range, *, first: int
-    ) -> torch.Tensor:
-        """What leaves ``layers``; ``hidden_TD`` is changed. ``first``: see cached.Run."""
-        step = self._step(parts, first)
-        selection: Selection | None = None
+        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layers: range, *, first: int,
+        selection: Selection | None = None,
+    ) -> tuple[torch.Tensor, Selection]:  # fmt: skip
+        """What leaves ``layers``, and what the last one looked at; ``hidden_TD`` is changed.
+        ``first``: see cached.Run. ``selection``: to look at that again.
+        """
+        step = self._step(parts, first)._replace(looks_again=selection is not None)
         hidden = hidden_TD.numpy()
         for layer in layers:
             weights, rows = self._layers[layer]
             hidden, selection = decode_layer(hidden, step, weights, self._config, rows, selection)
-        return torch.from_numpy(hidden)
+        assert selection is not None
+        return torch.from_numpy(hidden), selection
 
     def keep(
         self, hidden_TD: torch.Tensor, parts: Sequence[Part], layer: int, *, first: int

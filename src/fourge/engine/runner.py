@@ -23,8 +23,9 @@ from fourge.engine.pages import NOBODY, pages_for
 from fourge.engine.request import Chunk, Part, Request
 from fourge.engine.transfers import to_device
 from fourge.formats.cache_rows import PAGE_TOKENS
-from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer, keep
+from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer, everything, keep
 from fourge.models.config import ModelConfig
+from fourge.models.decode import Selection as CompiledSelection
 from fourge.models.decode import norm
 from fourge.models.linear import linear
 from fourge.models.mtp import Norm, mtp_input, mtp_output
@@ -35,6 +36,10 @@ from fourge.models.rope import RopeTable, rope_table
 
 # Logits [B, V] of one draft of each request, and which draft it is -> the drafts' ids [B].
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+# What the MTP layer looked at for the tokens of some sequences, in the form of either way.
+Looked = CompiledSelection | Selections | None
 
 
 class Newest(NamedTuple):
@@ -74,8 +79,14 @@ class Runner:
         if can_decode(weights, config, cache):
             self._decoder, self._norm = Decoder(weights, config, cache, self._rope), norm
         self._graphs: DecodeGraphs | None = None
+        self._draft_graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and not eager and weights.waits_for_nothing:
-            self._graphs = DecodeGraphs(self._decode, self._device)
+            none_TD = torch.empty(0, 0, device=self._device)
+            self._graphs = DecodeGraphs(self._decode, first=0, hidden=none_TD)
+            # What the first draft looked at would have to go from one graph to the next.
+            if len(cache.last_hidden_PD) and not config.index_share_for_mtp_iteration:
+                none_TD = torch.empty(0, config.hidden_size, dtype=dtype, device=self._device)
+                self._draft_graphs = DecodeGraphs(self._decode_draft, first=1, hidden=none_TD)
 
     def only_decodes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether all of ``chunks`` go the fast way."""
@@ -124,7 +135,7 @@ class Runner:
         run = _placed(inputs.page_MP, position_MN, num_keys, start=0, first=0)
         hidden_TD = self._embed(inputs.token_MN.flatten())
         layers = range(self._config.num_hidden_layers)
-        return self._final_norm(self._reference(hidden_TD, self._join([run]), layers))
+        return self._final_norm(self._reference(hidden_TD, self._join([run]), layers)[0])
 
     def _replayed(self, token_T: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         """A step in which everybody decodes, with equally many drafts."""
@@ -171,10 +182,15 @@ class Runner:
             self._show(shown, known_TD)
         return self._draft(drafting, known_TD, num_drafts, choose) if requests else None
 
+    def _given(self, shown: Shown, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens, and the hidden states before them."""
+        token_T, row_T = to_device(np.array([shown.tokens, shown.rows]), self._device)
+        return token_T, hidden_TD[row_T]
+
     def _show(self, shown: Shown, hidden_TD: torch.Tensor) -> None:
         """Keep tokens from which nobody drafts: of the one layer, its output is not needed."""
         layer, weights = self._config.num_hidden_layers, self._weights.layers[-1]
-        joined_TD = self._mtp_input(shown.tokens, hidden_TD[shown.rows])
+        joined_TD = self._mtp_input(*self._given(shown, hidden_TD))
         if self._decoder is not None:
             self._decoder.keep(joined_TD, shown.parts, layer, first=1)
             return
@@ -184,32 +200,65 @@ class Runner:
     def _draft(
         self, drafting: Shown, hidden_TD: torch.Tensor, num_drafts: int, choose: Choose
     ) -> torch.Tensor:
-        """K drafts of each; the layer's own output is recycled, after its norm."""
+        """K drafts of each; the layer's own output is recycled, after its norm. With
+        ``index_share_for_mtp_iteration`` all drafts of a request look at what was selected for the
+        first one, and so not at each other (as in vllm 0.33, sglang 0.5.23).
+        """
         head = self._weights.layers[-1].get("shared_head.head.weight", self._weights.head)
-        hidden_BD = hidden_TD[drafting.rows]
-        tokens: Sequence[int] | torch.Tensor = drafting.tokens
+        token_B, hidden_BD = self._given(drafting, hidden_TD)
         drafts: list[torch.Tensor] = []
+        looked: Looked = None
         for number in range(num_drafts):
             parts = [one._replace(position=one.position + number) for one in drafting.parts]
-            hidden_BD = self._mtp(tokens, hidden_BD, parts)
-            drafts.append(choose(linear(hidden_BD, head).float(), number))
-            tokens = drafts[-1]
+            hidden_BD, found = self._mtp(token_B, hidden_BD, parts, looked)
+            if self._config.index_share_for_mtp_iteration:
+                looked = found
+            token_B = choose(linear(hidden_BD, head).float(), number)
+            drafts.append(token_B)
         return torch.stack(drafts, 1)
 
     def _mtp(
-        self, tokens: Sequence[int] | torch.Tensor, hidden_TD: torch.Tensor, parts: Sequence[Part]
-    ) -> torch.Tensor:
-        layer, weights = self._config.num_hidden_layers, self._weights.layers[-1]
-        joined_TD = self._mtp_input(tokens, hidden_TD)
-        joined_TD = self._layers(joined_TD, parts, range(layer, layer + 1), first=1)
-        return mtp_output(joined_TD, weights, self._config, self._norm)
+        self, token_B: torch.Tensor, hidden_BD: torch.Tensor, parts: Sequence[Part], looked: Looked
+    ) -> tuple[torch.Tensor, Looked]:
+        """The MTP layer over one token of each sequence. ``looked``: to look at that again."""
+        if self._draft_graphs is not None:
+            begins, pages = [one.position for one in parts], [one.pages for one in parts]
+            replayed_BD = self._draft_graphs.run(token_B, begins, pages, hidden_BD)
+            if replayed_BD is not None:
+                return replayed_BD, None
+        joined_BD = self._mtp_input(token_B, hidden_BD)
+        if self._decoder is not None:
+            assert looked is None or isinstance(looked, CompiledSelection)
+            layer = self._config.num_hidden_layers
+            joined_BD, looked = self._decoder.run(
+                joined_BD, parts, range(layer, layer + 1), first=1, selection=looked
+            )
+        else:
+            assert not isinstance(looked, CompiledSelection)
+            step = self._step(parts, first=1)
+            joined_BD, looked = self._reference_mtp(joined_BD, step, looked)
+            (run,), (selection,) = step.runs, looked
+            looked = [everything(run) if selection is None else selection]
+        return mtp_output(joined_BD, self._weights.layers[-1], self._config, self._norm), looked
 
-    def _mtp_input(
-        self, tokens: Sequence[int] | torch.Tensor, hidden_TD: torch.Tensor
-    ) -> torch.Tensor:
+    def _reference_mtp(
+        self, joined_BD: torch.Tensor, step: Step, looked: Selections | None
+    ) -> tuple[torch.Tensor, Selections]:
+        layer = self._config.num_hidden_layers
+        return self._reference(joined_BD, step, range(layer, layer + 1), looked)
+
+    def _decode_draft(self, inputs: Inputs) -> torch.Tensor:
+        """The MTP layer over one token of each sequence, whose places lie on the device."""
+        num_keys = inputs.page_MP.shape[1] * PAGE_TOKENS - 1
+        run = _placed(inputs.page_MP, inputs.begin_M1, num_keys, start=0, first=1)
+        joined_BD = self._mtp_input(inputs.token_MN.flatten(), inputs.hidden_TD)
+        joined_BD, _ = self._reference_mtp(joined_BD, self._join([run]), None)
+        return mtp_output(joined_BD, self._weights.layers[-1], self._config, self._norm)
+
+    def _mtp_input(self, token_T: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
         weights = self._weights.layers[-1]
         table = weights.get("embed_tokens.weight", self._weights.embedding)
-        embedding_TD = self._embed(torch.as_tensor(tokens, device=self._device), table)
+        embedding_TD = self._embed(token_T, table)
         return mtp_input(hidden_TD, embedding_TD, weights, self._config, self._norm)
 
     def _embed(self, token_T: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
@@ -221,23 +270,28 @@ class Runner:
     ) -> torch.Tensor:
         """``first``: see Run. Sequences do not see each other: few tokens go the fast way."""
         if self._decoder is None:
-            return self._reference(hidden_TD, self._step(parts, first=first), layers)
+            return self._reference(hidden_TD, self._step(parts, first=first), layers)[0]
         few = list(takewhile(lambda part: part.num_tokens <= FEW_QUERIES, parts))
         rows, many, done = sum(part.num_tokens for part in few), parts[len(few) :], []
         if few:
-            done.append(self._decoder.run(hidden_TD[:rows], few, layers, first=first))
+            done.append(self._decoder.run(hidden_TD[:rows], few, layers, first=first)[0])
         if many:
-            done.append(self._reference(hidden_TD[rows:], self._step(many, first=first), layers))
+            step = self._step(many, first=first)
+            done.append(self._reference(hidden_TD[rows:], step, layers)[0])
         return torch.cat(done)
 
-    def _reference(self, hidden_TD: torch.Tensor, step: Step, layers: range) -> torch.Tensor:
-        selections: Selections = [None] * len(step.runs)
+    def _reference(
+        self, hidden_TD: torch.Tensor, step: Step, layers: range, looked: Selections | None = None
+    ) -> tuple[torch.Tensor, Selections]:
+        """``looked``: to look at that again."""
+        selections = [None] * len(step.runs) if looked is None else looked
+        step = step._replace(looks_again=looked is not None)
         for layer in layers:
             hidden_TD, selections = cached_layer(
                 hidden_TD, step, self._weights.layers[layer], self._config, layer, self._cache,
                 selections,
             )  # fmt: skip
-        return hidden_TD
+        return hidden_TD, selections
 
     def _step(self, parts: Sequence[Part], *, first: int) -> Step:
         """Neighbouring parts of one small size make a run; ``first``: see Run."""

@@ -193,6 +193,18 @@ def _selection(position_MNK: torch.Tensor, run: Run) -> Selection:
     return Selection(slot_TK, (position_MNK >= 0).flatten(0, 1))
 
 
+def everything(run: Run) -> Selection:
+    """What the queries of a run of few queries look at where nothing was selected."""
+    seen_MNS = _seen(run)
+    slot_MNS = run.slot_MS.unsqueeze(1).expand_as(seen_MNS)
+    return Selection(slot_MNS.flatten(0, 1), seen_MNS.flatten(0, 1))
+
+
+def _seen(run: Run) -> torch.Tensor:
+    place_S = torch.arange(run.slot_MS.shape[1], device=run.slot_MS.device)
+    return place_S <= run.position_MN.unsqueeze(-1)
+
+
 def _attend(
     query_TQ: torch.Tensor, run: Run, selection: Selection | torch.Tensor | None, here: _Layer
 ) -> torch.Tensor:
@@ -201,12 +213,9 @@ def _attend(
         return _attend_selected(query_TQ, run, selection, here)
     weights, config, step = here.weights, here.config, here.step
     if not _is_long(run):
-        place_S = torch.arange(run.slot_MS.shape[1], device=run.slot_MS.device)
-        seen_MNS = place_S <= run.position_MN.unsqueeze(-1)
         if _in_place(here):
-            slot_MNS = run.slot_MS.unsqueeze(1).expand_as(seen_MNS)
-            everything = Selection(slot_MNS.flatten(0, 1), seen_MNS.flatten(0, 1))
-            return _attend_selected(query_TQ, run, everything, here)
+            return _attend_selected(query_TQ, run, everything(run), here)
+        seen_MNS = _seen(run)
         key_MSX = here.cache.read_latents(here.number, run.slot_MS)
         rope = step.rope.rows(run.rows)
         return mla.attend_absorbed(query_TQ, key_MSX, seen_MNS, weights, config, rope)

@@ -77,15 +77,7 @@ class DecodeGraphs:
         return captured.hidden[: len(token_T)].clone()
 
     def _capture(self, num_sequences: int, num_pages: int, count: int) -> _Captured:
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=self._device)
-
-        inputs = Inputs(
-            zeros(num_sequences, count),
-            zeros(num_sequences, 1),
-            zeros(num_sequences, num_pages),
-            self._hidden.new_zeros(num_sequences * count, self._hidden.shape[1]),
-        )
+        inputs = self._empty(num_sequences, num_pages, count)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # what is set up at a first call cannot be captured
@@ -98,6 +90,17 @@ class DecodeGraphs:
         captured = _Captured(graph, inputs, hidden)
         self._captured[num_sequences, num_pages, count] = captured
         return captured
+
+    def _empty(self, num_sequences: int, num_pages: int, count: int) -> Inputs:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=self._device)
+
+        return Inputs(
+            zeros(num_sequences, count),
+            zeros(num_sequences, 1),
+            zeros(num_sequences, num_pages),
+            self._hidden.new_zeros(num_sequences * count, self._hidden.shape[1]),
+        )
 
 
 def _filled_up(num_sequences: int, num_positions: int) -> tuple[int, int]:

@@ -22,9 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -33,6 +32,9 @@ from quantize_vs_modelopt import REPOSITORY, describe_run, run_child
 from fourge import LLM, SamplingParams
 from fourge.engine.engine import Engine
 from fourge.models.kernels import decode as kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MODEL = REPOSITORY / "examples" / "tiny-glm"
 SECTIONS = ("throughput", "context", "speculation", "prefix")

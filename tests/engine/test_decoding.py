@@ -49,19 +49,19 @@ def compare_steps(engine: Engine) -> list[float]:
     fast = decoder.run
 
     def both(
-        hidden_TD: torch.Tensor, parts: Sequence[Any], layers: range, *, first: int
-    ) -> torch.Tensor:
+        hidden_TD: torch.Tensor, parts: Sequence[Any], layers: range, *, first: int, **again: Any
+    ) -> tuple[torch.Tensor, Any]:
         rows = [array for layer in layers for array in decoder._layers[layer][1]]
         step = runner._step(parts, first=first)
-        expected_TD = runner._reference(hidden_TD.clone(), step, layers)
+        expected_TD, _ = runner._reference(hidden_TD.clone(), step, layers)
         written = [array.copy() for array in rows]
-        found_TD = fast(hidden_TD, parts, layers, first=first)
+        found_TD, selection = fast(hidden_TD, parts, layers, first=first, **again)
         errors.append((found_TD - expected_TD).abs().max().item())
         errors.extend(
             float(np.abs(found[64:] - one[64:]).max(initial=0.0))
             for found, one in zip(rows, written, strict=True)
         )
-        return found_TD
+        return found_TD, selection
 
     decoder.run = both  # type: ignore[method-assign]
     return errors
@@ -122,9 +122,9 @@ def test_decode_steps_use_one_thread_and_prompts_all(
     engine = Engine(model, **SMALL)
     target, seen = engine._runner.target, []
 
-    def note(chunks: Sequence[Any]) -> torch.Tensor:
+    def note(chunks: Sequence[Any], newest: Any) -> torch.Tensor:
         seen.append((max(one.num_tokens for one in chunks) > 1, torch.get_num_threads()))
-        return target(chunks)
+        return target(chunks, newest)
 
     monkeypatch.setattr(engine._runner, "target", note)
     serve(engine, [random_tokens(40, 1)], greedy(max_tokens=3))

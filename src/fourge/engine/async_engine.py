@@ -13,7 +13,8 @@ import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
-from fourge.engine.engine import Engine, Progressed
+from fourge.engine.engine import Engine
+from fourge.engine.flight import Progressed
 from fourge.engine.params import SamplingParams
 from fourge.errors import EngineError, FourgeError
 

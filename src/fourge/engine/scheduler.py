@@ -8,6 +8,7 @@ greatest length fits the cache alone (options.py), so there is always progress.
 """
 
 from bisect import insort
+from time import monotonic
 
 from fourge.engine.pages import PagePool, first_digest, next_digest, pages_for
 from fourge.engine.request import Chunk, Request
@@ -124,6 +125,7 @@ class Scheduler:
         request.num_published = len(known)
         if not request.num_preemptions:
             request.num_cached = request.num_computed
+            request.scheduled_s = monotonic()
         return True
 
     def _known_prefix(self, request: Request) -> list[int]:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fourge.engine.async_engine import Spent
 from fourge.serve.served import TokenEngine
 
 ALARM_BELOW = 0.3
@@ -49,6 +50,10 @@ class Metrics:
         self._first = self._latency("time_to_first_token", "Until the first token.")
         self._between = self._latency("inter_token_latency", "Between two tokens.")
         self._whole = self._latency("e2e_request_latency", "Until the end of an answer.")
+        self._queued = self._latency("request_queue_time", "Until the first step of an answer.")
+        self._prefill = self._latency("request_prefill_time", "From there to its first token.")
+        self._decode = self._latency("request_decode_time", "From there to its last.")
+        self._inference = self._latency("request_inference_time", "From first step to last token.")
         self._lengths = Histogram(
             "fourge:request_generation_tokens", "Tokens of an answer.",
             buckets=[2**power for power in range(18)], registry=self.registry,
@@ -74,6 +79,13 @@ class Metrics:
         self._success.labels(reason).inc()
         self._lengths.observe(num_tokens)
         self._whole.observe(seconds)
+
+    def phases(self, spent: Spent) -> None:
+        """Where the time of an answer went, as the engine has it."""
+        self._queued.observe(spent.queued_s)
+        self._prefill.observe(spent.prefill_s)
+        self._decode.observe(spent.decode_s)
+        self._inference.observe(spent.prefill_s + spent.decode_s)
 
     def tool_calls(self, calls: int, unknown: int) -> None:
         self._calls.inc(calls)

@@ -139,8 +139,6 @@ def _job(
     params = SamplingParams(
         **{**served.preferred, **sampling.params}, structured_outputs=structured
     )
-    if structured is not None:
-        served.compile_grammar(structured)  # kept: the engine finds it ready
     for prompt in prompts:
         served.check(prompt, params)
     choices = [

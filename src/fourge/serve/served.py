@@ -1,13 +1,13 @@
 """What the server serves: a loaded checkpoint, as far as the surfaces need to know it."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fourge.chat.tokens import tag_ids
-from fourge.engine.engine import Progressed
-from fourge.engine.params import SamplingParams, StructuredOutputs
+from fourge.engine.async_engine import Result
+from fourge.engine.params import SamplingParams
 from fourge.serve.errors import ApiError
 
 if TYPE_CHECKING:
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class TokenEngine(Protocol):
-    """Tokens in, tokens out (engine/async_engine.py)."""
+    """Tokens in, tokens out (engine_process.py, and Streams of engine/async_engine.py)."""
 
-    def generate(
-        self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None
-    ) -> AsyncGenerator[Progressed, None]: ...
+    def begin(
+        self, prompt: Sequence[int], params: SamplingParams, receive: Callable[[Result], None]
+    ) -> Callable[[], None]: ...
 
     def stats(self) -> dict[str, Any]: ...
 
@@ -31,21 +31,19 @@ class TokenEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """``check`` and ``compile_grammar`` raise RequestError for what the engine would refuse; both
-    may take a while and belong in a worker thread. ``preferred``: sampling parameters of requests
-    that name none; ``template_options``: likewise of the chat template.
+    """``check`` raises RequestError for what the engine would refuse; it may take a while, as
+    grammars are compiled, and belongs in a worker thread. ``preferred``: sampling parameters of
+    requests that name none; ``template_options``: likewise of the chat template.
     """
 
     names: tuple[str, ...]
     tokenizer: "Tokenizer"
     engine: TokenEngine
-    check: Callable[[Sequence[int], SamplingParams], SamplingParams]
-    compile_grammar: Callable[[StructuredOutputs], object]
+    check: Callable[[Sequence[int], SamplingParams], object]
     vocab_size: int
     max_model_len: int
     max_num_seqs: int
     num_speculative_tokens: int = 0
-    eos_token_ids: frozenset[int] = frozenset()
     preferred: Mapping[str, Any] = field(default_factory=dict)
     template_options: Mapping[str, Any] = field(default_factory=dict)
     created: int = 0  # Unix seconds

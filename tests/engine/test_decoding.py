@@ -122,9 +122,9 @@ def test_decode_steps_use_one_thread_and_prompts_all(
     engine = Engine(model, **SMALL)
     target, seen = engine._runner.target, []
 
-    def note(chunks: Sequence[Any]) -> torch.Tensor:
+    def note(chunks: Sequence[Any], newest: Any) -> torch.Tensor:
         seen.append((max(one.num_tokens for one in chunks) > 1, torch.get_num_threads()))
-        return target(chunks)
+        return target(chunks, newest)
 
     monkeypatch.setattr(engine._runner, "target", note)
     serve(engine, [random_tokens(40, 1)], greedy(max_tokens=3))

@@ -216,7 +216,7 @@ def test_a_refused_request_and_a_failed_step_leave_the_engine_going(
     engine = served._engine
     with monkeypatch.context() as patch:
 
-        def fail(chunks: Any) -> Any:
+        def fail(chunks: Any, newest: Any) -> Any:
             raise RuntimeError("out of memory")
 
         patch.setattr(engine._runner, "target", fail)

@@ -128,7 +128,7 @@ def test_what_a_smaller_cache_costs_is_small_and_fp8_costs_more(
         hidden: list[torch.Tensor] = []
         request = engine.add("one", text, greedy(max_tokens=1, prompt_logprobs=0))
         target = engine._runner.target
-        engine._runner.target = lambda chunks: hidden.append(target(chunks)) or hidden[-1]
+        engine._runner.target = lambda *step: hidden.append(target(*step)) or hidden[-1]
         while engine.has_work:
             engine.step()
         assert request.num_output == 1

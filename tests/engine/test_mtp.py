@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from engine_models import SMALL, greedy, outputs, random_tokens, serve
-from fourge.engine import choosing
+from fourge.engine import drafting
 from fourge.engine.engine import Engine
 from fourge.engine.params import SamplingParams
 from fourge.engine.request import Request
@@ -100,8 +100,8 @@ def test_drafts_are_what_the_mtp_layer_says_of_the_whole_text(tiny_glm: Path, te
         out = mtp_forward(states, following, [len(states)], layer, config, rope)[-1]
         return out, out @ weights.head.T
 
-    def remember(self: Runner, chunks: Any) -> torch.Tensor:
-        result = target(self, chunks)
+    def remember(self: Runner, chunks: Any, newest: Any) -> torch.Tensor:
+        result = target(self, chunks, newest)
         hidden[chunks[0].start :] = list(result)
         return result
 
@@ -178,11 +178,11 @@ def test_an_oracle_is_always_right_and_drafts_stop_with_the_request(
     prompt = random_tokens(20, 5)
     truth = outputs(serve(Engine(model, **SMALL), [prompt], greedy(max_tokens=22)))[0]
 
-    def know(self: choosing.Drafter, logits: torch.Tensor, number: int) -> torch.Tensor:
+    def know(self: drafting.Drafter, logits: torch.Tensor, number: int) -> torch.Tensor:
         (request,) = self._requests
         return torch.tensor([([*truth, 0, 0, 0, 0])[request.num_output + number]])
 
-    monkeypatch.setattr(choosing.Drafter, "choose", know)
+    monkeypatch.setattr(drafting.Drafter, "choose", know)
     engine = Engine(model, **SMALL, num_speculative_tokens=3)
     (request,) = serve(engine, [prompt], greedy(max_tokens=22))
     assert request.output == truth

@@ -25,6 +25,16 @@ REQUESTS: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "max_tokens": ([1], {"max_tokens": 0}, "max_tokens is 0"),
     "stop": ([1], {"stop_token_ids": [999]}, "stop_token_ids has 999"),
     "bias": ([1], {"logit_bias": {1: "x"}}, "logit_bias of token 1 is 'x'"),
+    "infinite bias": ([1], {"logit_bias": {1: float("inf")}}, "logit_bias of token 1 is inf"),
+    "allowed": ([1], {"allowed_token_ids": [256]}, "allowed_token_ids has 256"),
+    "nothing allowed": ([1], {"allowed_token_ids": []}, "has 0 tokens, and none"),
+    "allowed and bad": (
+        [1],
+        {"allowed_token_ids": [5], "bad_words_token_ids": [[5]]},
+        "has 1 tokens, and none",
+    ),
+    "bad word": ([1], {"bad_words_token_ids": [[1, -1]]}, "bad_words_token_ids has -1"),
+    "no bad word": ([1], {"bad_words_token_ids": [[1], []]}, "a word of no tokens"),
     "logprobs": ([1], {"logprobs": 1000}, "at most 100"),
     "penalty": ([1], {"presence_penalty": 3.0}, "from -2 to 2"),
     "no tokenizer": ([1], {"structured_outputs": StructuredOutputs(regex="a")}, "need a tokenizer"),
@@ -34,6 +44,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "device": ({"device": "tpu"}, "device is 'tpu'; it must be one of auto, cpu, cuda"),
     "cache": ({"kv_cache_dtype": "int4"}, "one of auto, bf16, fp32, fp8"),
     "drafts": ({"num_speculative_tokens": 9}, "from 0 to 8"),
+    "flying drafts": (
+        {"async_scheduling": True, "num_speculative_tokens": 1},
+        "leave one of the two out",
+    ),
     "budget": ({"max_num_batched_tokens": 64, "num_speculative_tokens": 3}, "takes 128"),
     "too long": ({"max_model_len": 5000}, "the model has 4096 positions"),
     "too little cache": ({"cache_tokens": 128, "max_model_len": 400}, "holds 128 tokens"),
@@ -118,6 +132,25 @@ def test_a_request_whose_numbers_are_not_finite_ends_alone(model: Path) -> None:
     assert (requests[1].finish_reason, requests[1].output) == ("error", [])
     assert requests[1].error == "the model's output is not finite"
     assert outputs([requests[0], *requests[2:]]) == expected
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
+def test_whoever_gets_the_pages_of_such_a_request_is_not_harmed(
+    model: Path, kind: str, drafts: int
+) -> None:
+    engine = Engine(
+        model, device="cpu", cache_tokens=512, kv_cache_dtype=kind, num_speculative_tokens=drafts,
+        enable_prefix_caching=False,
+    )  # fmt: skip
+    prompts = [random_tokens(20, number) for number in range(3)]
+    expected = outputs(serve(engine, prompts, greedy()))
+    used = {token for one in (*prompts, *expected) for token in one}
+    poisoned = next(token for token in range(256) if token not in used)
+    engine._runner._weights.embedding[poisoned] = torch.nan
+    failed = serve(engine, [[poisoned] * 150] * 3, greedy())
+    assert all(one.finish_reason == "error" for one in failed)
+    assert outputs(serve(engine, prompts, greedy())) == expected
 
 
 def test_memory_returns_to_its_start_after_many_requests(model: Path) -> None:

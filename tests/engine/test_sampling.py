@@ -1,5 +1,6 @@
 """Distributions, penalties and stops; the law and the repeatability of what is drawn."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fourge.engine.randomness import ACCEPT, CHOOSE, draw, uniform
 from fourge.engine.request import Request
 
 VOCAB = 8
+CPU = torch.device("cpu")
 LOGITS = torch.tensor([2.0, 1.0, 0.5, 0.0, -0.5, -1.0, -2.0, -4.0])
 
 
@@ -73,6 +75,17 @@ def test_each_parameter_does_what_its_formula_says() -> None:
     changed[0] = -torch.inf
     cases["min_tokens"] = (distribution((1,), min_tokens=2), softmax(changed))
     cases["min_tokens, reached"] = (distribution((1, 1), min_tokens=2), softmax(LOGITS))
+    changed = torch.full((VOCAB,), -torch.inf)
+    changed[[2, 5]] = LOGITS[[2, 5]]
+    cases["allowed"] = (distribution(allowed_token_ids=[5, 2]), softmax(changed))
+    words = [[3], [4, 6], [1, 4, 5], [2, 4, 7], [4, 4, 4, 1]]
+    changed = LOGITS.clone()
+    changed[[3, 6, 5]] = -torch.inf
+    bad = {"bad_words_token_ids": words}
+    cases["bad words"] = (distribution((1, 4), prompt=(2, 4), **bad), softmax(changed))
+    changed = LOGITS.clone()
+    changed[3] = -torch.inf
+    cases["bad words, begun by the prompt"] = (distribution(prompt=(4,), **bad), softmax(changed))
     for name, (found, expected) in cases.items():
         assert torch.allclose(found, expected, atol=1e-6), name
 
@@ -103,11 +116,11 @@ def test_what_has_no_probability_is_never_drawn() -> None:
 
 def test_numbers_depend_on_seed_position_and_purpose_and_are_uniform() -> None:
     positions = np.arange(20_000)
-    numbers = uniform(np.array([7]), positions, CHOOSE)
-    assert torch.equal(numbers[100:200], uniform(np.array([7]), positions[100:200], CHOOSE))
+    numbers = uniform(np.array([7]), positions, CHOOSE, CPU)
+    assert torch.equal(numbers[100:200], uniform(np.array([7]), positions[100:200], CHOOSE, CPU))
     for other in (
-        uniform(np.array([8]), positions, CHOOSE),
-        uniform(np.array([7]), positions, ACCEPT),
+        uniform(np.array([8]), positions, CHOOSE, CPU),
+        uniform(np.array([7]), positions, ACCEPT, CPU),
     ):
         assert (numbers == other).sum() == 0
         assert abs(torch.corrcoef(torch.stack([numbers, other]))[0, 1].item()) < 0.03
@@ -165,6 +178,40 @@ def test_penalties_and_biases_reach_every_place(model: Path, drafts: int) -> Non
     (never,) = serve(engine, [prompt], greedy(logit_bias={5: -100.0}, repetition_penalty=50.0))
     assert 5 not in never.output
     assert len(set(never.output)) == 12
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_forbidden_tokens_are_never_chosen(model: Path, drafts: int, temperature: float) -> None:
+    engine = Engine(model, **SMALL, num_speculative_tokens=drafts)
+    prompt = random_tokens(20, 1)
+    sampling = {"temperature": temperature, "seed": 4, "max_tokens": 40}
+    allowed = [3, 9, 200]
+    (free,) = serve(engine, [prompt], greedy(allowed_token_ids=allowed, **sampling))
+    assert set(free.output) <= set(allowed)
+    pairs = list(itertools.pairwise(free.output))
+    bad = [list(pairs[0]), list(pairs[2])]
+    params = greedy(allowed_token_ids=allowed, bad_words_token_ids=bad, **sampling)
+    (request,) = serve(engine, [prompt], params)
+    assert set(request.output) <= set(allowed)
+    assert not {tuple(word) for word in bad} & set(itertools.pairwise(request.output))
+    assert request.num_output == 40
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_forbids_all_tokens_ends_alone(
+    model: Path, drafts: int, temperature: float
+) -> None:
+    engine = Engine(model, **SMALL, num_speculative_tokens=drafts)
+    prompt = random_tokens(20, 1)
+    dead_end = greedy(
+        temperature=temperature, allowed_token_ids=[3], bad_words_token_ids=[[3, 3, 3]]
+    )
+    ended, other = serve(engine, [prompt, prompt], [dead_end, greedy()])
+    assert (ended.output, ended.finish_reason) == ([3, 3], "error")
+    assert "leaves no token" in (ended.error or "")
+    assert other.num_output == 12
 
 
 def test_logprobs_are_the_models_own_whatever_is_sampled(model: Path) -> None:

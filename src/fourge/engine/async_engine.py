@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
-from fourge.engine.engine import Engine, Progressed
+from fourge.engine.engine import Engine
+from fourge.engine.flight import Progressed
 from fourge.engine.params import SamplingParams
 from fourge.engine.request import Request, TokenLogprobs
 from fourge.errors import EngineError, FourgeError

@@ -1,24 +1,35 @@
-"""From logits to tokens, for all requests of a step at once; and the choice of drafts.
+"""From logits to tokens, for all requests of a step at once, on the device.
 
 Where every request is greedy and asks for nothing else, the largest logit is all there is to it.
-Otherwise: distributions of every place, then which drafts stand (speculation.py).
+Otherwise: distributions of every place, then which drafts stand (speculation.py). The host learns
+the tokens when it asks for ``Chosen.choices``, and only then does it have to wait.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from fourge.engine.distributions import Row, describe, target_distributions, tempered
+from fourge.engine.distributions import Row, target_distributions
 from fourge.engine.grammar import bitmasks
-from fourge.engine.randomness import ACCEPT, CHOOSE, DRAFT, draw, uniform
+from fourge.engine.logprobs import Logprobs, listed, look_up
+from fourge.engine.randomness import ACCEPT, CHOOSE, seeds_of, uniform
 from fourge.engine.request import Chunk, Request, TokenLogprobs
 from fourge.engine.speculation import verify
-
-__all__ = ["Choice", "Drafter", "choose", "describe", "end"]
+from fourge.engine.transfers import Fetched, to_device
 
 # B requests, K drafts, P = K + 1 places, N places of all requests, V vocabulary
+
+# In place of a request's first token; in that of a later one, any of them: there is none.
+NOT_FINITE, NOTHING_LEFT = -1, -2
+ERRORS = {
+    NOT_FINITE: "the model's output is not finite",
+    NOTHING_LEFT: "what the request allows leaves no token to choose",
+}
 
 
 class Choice(NamedTuple):
@@ -29,31 +40,66 @@ class Choice(NamedTuple):
     error: str | None = None
 
 
-def choose(chunks: Sequence[Chunk], logits_NV: torch.Tensor, *, block: bool) -> list[Choice]:
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen for some chunks."""
+
+    chunks: Sequence[Chunk]
+    token_BP: torch.Tensor  # on the device
+    fetched: Fetched  # the same, and log probabilities of those who want them
+
+    @property
+    def newest_B(self) -> torch.Tensor:
+        """Where nobody has drafts: the tokens that the next step takes; some token after an error,
+        since that step may be launched before the error is seen.
+        """
+        return self.token_BP[:, 0].clamp(min=0)
+
+    def choices(self) -> list[Choice]:
+        """Of every chunk; waits for them. Grammars take what was chosen."""
+        token_BP, *rest = self.fetched.wait()
+        logprobs = listed(Logprobs(*rest)) if rest else []
+        choices, place = [], 0
+        for chunk, row in zip(self.chunks, token_BP.tolist(), strict=True):
+            own: list[TokenLogprobs] = []
+            wanted = chunk.request.params.logprobs
+            if wanted is not None:
+                own = logprobs[place : place + len(chunk.drafts) + 1]
+                own = [one._replace(top=one.top[:wanted]) for one in own]
+                place += len(chunk.drafts) + 1
+            if row[0] < 0:
+                choices.append(Choice([], [], ERRORS[row[0]]))
+                continue
+            tokens = list(takewhile(lambda token: token >= 0, row))
+            choices.append(_follow(chunk.request, Choice(tokens, own[: len(tokens)])))
+        return choices
+
+
+def choose(chunks: Sequence[Chunk], logits_NV: torch.Tensor, *, block: bool) -> Chosen:
     """``logits_NV`` has the places after each chunk's newest token and after each of its drafts;
     it is changed.
     """
     best_N = logits_NV.max(-1)  # of a row with a NaN, that
-    finite = (~best_N.values.isnan()).tolist()
-    raw_NV = logits_NV.clone() if any(_wants_logprobs(one.request) for one in chunks) else None
+    describing = any(_wants_logprobs(one.request) for one in chunks)
+    raw_NV = logits_NV.clone() if describing else None
     bitmask = bitmasks(chunks, logits_NV.shape[1])
     if bitmask is None and all(_is_plain(one.request) for one in chunks):
-        token_lists = _greedy(chunks, best_N.indices.tolist())
+        token_BP = _greedy(chunks, best_N.indices)
     else:
-        token_lists = _sample(chunks, logits_NV, bitmask, block=block)
-    choices, place = [], 0
-    for chunk, tokens in zip(chunks, token_lists, strict=True):
-        places = slice(place, place + len(chunk.drafts) + 1)
-        place = places.stop
-        if not all(finite[places]):
-            choices.append(Choice([], [], "the model's output is not finite"))
-            continue
-        logprobs: list[TokenLogprobs] = []
-        if raw_NV is not None and chunk.request.params.logprobs is not None:
-            rows = raw_NV[places.start : places.start + len(tokens)]
-            logprobs = describe(rows, tokens, chunk.request.params.logprobs)
-        choices.append(_follow(chunk.request, Choice(tokens, logprobs)))
-    return choices
+        token_BP = _sample(chunks, logits_NV, bitmask, block=block)
+    broken_BP = _by_request(best_N.values.isnan(), chunks) & (token_BP != -1)
+    token_BP = token_BP.masked_fill(broken_BP.any(-1, keepdim=True), NOT_FINITE)
+    fetched = [token_BP]
+    if raw_NV is not None:
+        fetched += _described(chunks, raw_NV, token_BP)
+    return Chosen(chunks, token_BP, Fetched(*fetched))
+
+
+def depends_on_output(request: Request) -> bool:
+    """Whether what may follow is decided on the host, from the tokens themselves."""
+    params = request.params
+    words = any(len(word) > 1 for word in params.bad_words_token_ids)
+    return request.matcher is not None or params.has_penalties or words
 
 
 def end(request: Request, token: int) -> str | None:
@@ -63,36 +109,6 @@ def end(request: Request, token: int) -> str | None:
     return "length" if len(request.tokens) >= request.max_length else None
 
 
-class Drafter:
-    """Chooses the drafts of some requests and remembers what they were drawn from."""
-
-    def __init__(self, requests: Sequence[Request], *, greedy: bool) -> None:
-        self._requests = requests
-        self._greedy = greedy or not any(one.params.temperature for one in requests)
-        self._probs: list[torch.Tensor] = []
-
-    def choose(self, logits_BV: torch.Tensor, number: int) -> torch.Tensor:
-        """int64 [B]: the draft ``number`` of each."""
-        logits_BV = logits_BV.nan_to_num_(nan=0.0)  # a damaged draft layer only drafts badly
-        if self._greedy:
-            return logits_BV.argmax(-1)
-        probs_BV = tempered(logits_BV, [one.params.temperature or 0.0 for one in self._requests])
-        self._probs.append(probs_BV)
-        positions = np.array([len(one.tokens) + number for one in self._requests])
-        return draw(probs_BV, uniform(_seeds(self._requests), positions, DRAFT))
-
-    def hand_over(self, drafts_BK: torch.Tensor) -> None:
-        """Give the requests their drafts; no more than they could still use."""
-        probs_BKV = torch.stack(self._probs, 1) if self._probs else None
-        for number, (request, drafts) in enumerate(
-            zip(self._requests, drafts_BK.tolist(), strict=True)
-        ):
-            most = min(len(drafts), request.max_length - len(request.tokens) - 1)
-            request.drafts = drafts[:most]
-            if probs_BKV is not None:
-                request.draft_probs_KV = probs_BKV[number, :most]
-
-
 def _wants_logprobs(request: Request) -> bool:
     return request.params.logprobs is not None
 
@@ -100,57 +116,69 @@ def _wants_logprobs(request: Request) -> bool:
 def _is_plain(request: Request) -> bool:
     """Greedy, without anything that changes logits."""
     params = request.params
-    if params.temperature or params.logit_bias or params.has_penalties:
+    if params.temperature or params.logit_bias or params.has_penalties or params.forbids_tokens:
         return False
-    return request.num_output + len(request.drafts) >= params.min_tokens or not request.stop_tokens
+    chosen = request.length - request.num_prompt
+    return chosen + len(request.drafts) >= params.min_tokens or not request.stop_tokens
 
 
-def _greedy(chunks: Sequence[Chunk], best: Sequence[int]) -> list[list[int]]:
-    """``best``: the token of the largest logit of every place."""
-    place, found = 0, []
-    for chunk in chunks:
-        tokens = [best[place]]
-        for number, draft in enumerate(chunk.drafts, start=1):
-            if draft != tokens[-1]:
-                break
-            tokens.append(best[place + number])
-        found.append(tokens)
-        place += len(chunk.drafts) + 1
-    return found
+def _greedy(chunks: Sequence[Chunk], best_N: torch.Tensor) -> torch.Tensor:
+    """int64 [B, P]; ``best_N``: the token of the largest logit of every place."""
+    best_BP = _by_request(best_N, chunks)
+    if best_BP.shape[1] == 1:
+        return best_BP
+    stands_BK = (_drafts(chunks, best_N.device) == best_BP[:, :-1]).long().cumprod(-1)
+    return torch.where(F.pad(stands_BK, (1, 0), value=1) > 0, best_BP, -1)
 
 
 def _sample(
     chunks: Sequence[Chunk], logits_NV: torch.Tensor, bitmask: torch.Tensor | None, *, block: bool
-) -> list[list[int]]:
-    requests = [chunk.request for chunk in chunks]
-    counts = [len(chunk.drafts) for chunk in chunks]
-    num_drafts, device = max(counts), logits_NV.device
+) -> torch.Tensor:
+    """int64 [B, P]."""
+    requests, (vocab, device) = (
+        [chunk.request for chunk in chunks],
+        (logits_NV.shape[1], logits_NV.device),
+    )
     rows = [Row(chunk.request, place) for chunk in chunks for place in range(len(chunk.drafts) + 1)]
-    probs_NV = target_distributions(logits_NV, rows, bitmask)
-    if min(counts) == num_drafts:
-        target_BPV = probs_NV.unflatten(0, (len(chunks), num_drafts + 1))
-    else:
-        target_BPV = probs_NV.new_zeros(len(chunks), num_drafts + 1, probs_NV.shape[1])
-        for own_PV, part in zip(target_BPV, probs_NV.split([n + 1 for n in counts]), strict=True):
-            own_PV[: len(part)] = part
-    padded = [[*chunk.drafts, *[-1] * (num_drafts - len(chunk.drafts))] for chunk in chunks]
-    draft_BK = torch.tensor(padded, dtype=torch.int64, device=device).view(len(chunks), num_drafts)
-    lengths = np.array([[len(one.tokens)] for one in requests])
-    position_BP = lengths + np.arange(num_drafts + 1)
-    seeds = _seeds(requests)[:, None]
+    target_BPV = _by_request(target_distributions(logits_NV, rows, bitmask), chunks)
+    draft_BK = _drafts(chunks, device)
+    lengths = np.array([[request.length] for request in requests])
+    position_BP = lengths + np.arange(target_BPV.shape[1])
+    seeds = seeds_of(requests)[:, None]
     verdict = verify(
         target_BPV,
         draft_BK,
-        _draft_probs(chunks, draft_BK, probs_NV.shape[1]),
-        uniform(seeds, position_BP[:, :-1], ACCEPT),
-        uniform(seeds, position_BP, CHOOSE),
+        _draft_probs(chunks, draft_BK, vocab),
+        uniform(seeds, position_BP[:, :-1], ACCEPT, device),
+        uniform(seeds, position_BP, CHOOSE, device),
         block=block,
     )
-    accepted, following = verdict.accepted_B.tolist(), verdict.token_B.tolist()
-    return [
-        [*chunk.drafts[:count], token]
-        for chunk, count, token in zip(chunks, accepted, following, strict=True)
-    ]
+    accepted_B1 = verdict.accepted_B[:, None]
+    token_B1 = verdict.token_B[:, None].clamp(max=vocab - 1)  # of a row of NaN, any number
+    place_P = torch.arange(target_BPV.shape[1], device=device)
+    token_BP = torch.where(place_P == accepted_B1, token_B1, F.pad(draft_BK, (0, 1), value=-1))
+    token_BP = token_BP.masked_fill(place_P > accepted_B1, -1)
+    nothing_B1 = target_BPV[..., 0].gather(1, accepted_B1).isnan()
+    return token_BP.masked_fill(nothing_B1, NOTHING_LEFT)
+
+
+def _by_request(rows_N: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor:
+    """[N, ...] as [B, P, ...]; places that a request does not have are as its last."""
+    counts = [len(chunk.drafts) for chunk in chunks]
+    if min(counts) == max(counts):
+        return rows_N.unflatten(0, (len(chunks), -1))
+    first_B = np.cumsum([0, *(count + 1 for count in counts[:-1])])
+    place_BP = np.minimum(np.arange(max(counts) + 1), np.array(counts)[:, None])
+    return rows_N[to_device(first_B[:, None] + place_BP, rows_N.device)]
+
+
+def _drafts(chunks: Sequence[Chunk], device: torch.device) -> torch.Tensor:
+    """int64 [B, K]; -1 where there is none."""
+    num_drafts = max(len(chunk.drafts) for chunk in chunks)
+    draft_BK = np.full((len(chunks), num_drafts), -1)
+    for own, chunk in zip(draft_BK, chunks, strict=True):
+        own[: len(chunk.drafts)] = chunk.drafts
+    return to_device(draft_BK, device)
 
 
 def _draft_probs(chunks: Sequence[Chunk], draft_BK: torch.Tensor, vocab: int) -> torch.Tensor:
@@ -166,8 +194,19 @@ def _draft_probs(chunks: Sequence[Chunk], draft_BK: torch.Tensor, vocab: int) ->
     return probs_BKV
 
 
-def _seeds(requests: Sequence[Request]) -> np.ndarray:
-    return np.array([request.seed for request in requests], dtype=np.int64)
+def _described(chunks: Sequence[Chunk], raw_NV: torch.Tensor, token_BP: torch.Tensor) -> Logprobs:
+    """Of the places of those who want them; what stands for no token is as token 0."""
+    rows, tokens, first = [], [], 0
+    for number, chunk in enumerate(chunks):
+        count = len(chunk.drafts) + 1
+        if _wants_logprobs(chunk.request):
+            rows += range(first, first + count)
+            start = number * token_BP.shape[1]
+            tokens += range(start, start + count)
+        first += count
+    index = to_device(np.array([rows, tokens]), raw_NV.device)
+    num_best = max(chunk.request.params.logprobs or 0 for chunk in chunks)
+    return look_up(raw_NV[index[0]], token_BP.flatten()[index[1]].clamp(min=0), num_best)
 
 
 def _follow(request: Request, choice: Choice) -> Choice:

@@ -1,18 +1,21 @@
 """From logits to the distribution that a request samples from.
 
-    logits   grammar's mask, min_tokens, logit_bias, penalties
+    logits   grammar's mask, logit_bias, penalties, tokens that are not allowed, min_tokens
     softmax  of logits / temperature; temperature 0: certainty of the largest
     cut      min_p, then top_k, then top_p, and divided by what is left
 A row is one position of one request; under speculation a request has several, each after more of
 its drafts. Rows never depend on each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike
 
-from fourge.engine.request import Request, TokenLogprobs
+from fourge.engine.request import Request
+from fourge.engine.transfers import to_device
 
 # N rows, V vocabulary
 
@@ -27,18 +30,22 @@ class Row(NamedTuple):
 def target_distributions(
     logits_NV: torch.Tensor, rows: Sequence[Row], bitmask: torch.Tensor | None
 ) -> torch.Tensor:
-    """float32 [N, V]; changes ``logits_NV``. ``bitmask``: int32 [N, ceil(V / 32)], 1 is allowed."""
+    """float32 [N, V]; changes ``logits_NV``. ``bitmask``: int32 [N, ceil(V / 32)], 1 is allowed.
+    A row is NaN where no token is left.
+    """
     if bitmask is not None:
         mask_tokens(logits_NV, bitmask)
     for number, row in enumerate(rows):
         _adjust(logits_NV[number], row)
-    return cut(
+    nothing_N1 = logits_NV.amax(-1, keepdim=True) == -torch.inf
+    probs_NV = cut(
         logits_NV,
         temperature=[row.request.params.temperature or 0.0 for row in rows],
         min_p=[row.request.params.min_p for row in rows],
         top_k=[row.request.params.top_k or 0 for row in rows],
         top_p=[row.request.params.top_p or 1.0 for row in rows],
     )
+    return probs_NV.masked_fill_(nothing_N1, torch.nan)
 
 
 def mask_tokens(logits_NV: torch.Tensor, bitmask: torch.Tensor) -> None:
@@ -60,8 +67,7 @@ def tempered(logits_NV: torch.Tensor, temperature: Sequence[float]) -> torch.Ten
     """softmax(logits / temperature) of each row; at 0, certainty of the largest."""
     if not any(temperature):
         return certain(logits_NV)
-    heat_N = torch.tensor(temperature, dtype=torch.float32, device=logits_NV.device)
-    heat_N1 = heat_N.unsqueeze(-1)
+    heat_N1 = _column(temperature, logits_NV.device)
     # From the largest down, so that a temperature close to 0 divides no large number.
     shifted_NV = logits_NV - logits_NV.amax(-1, keepdim=True)
     probs_NV = (shifted_NV / torch.where(heat_N1 == 0, 1.0, heat_N1)).softmax(-1)
@@ -79,10 +85,10 @@ def cut(
     top_p: Sequence[float],
 ) -> torch.Tensor:
     """The distributions of rows of float32 logits, one parameter of each kind a row."""
-    probs_NV = tempered(logits_NV, temperature)
+    probs_NV, device = tempered(logits_NV, temperature), logits_NV.device
     if any(min_p):
-        floor_N1 = torch.tensor(min_p, device=probs_NV.device).unsqueeze(-1)
-        probs_NV[probs_NV < floor_N1 * probs_NV.amax(-1, keepdim=True)] = 0.0
+        floor_N1 = _column(min_p, device) * probs_NV.amax(-1, keepdim=True)
+        probs_NV.masked_fill_(probs_NV < floor_N1, 0.0)
     vocab = logits_NV.shape[1]
     cutting = [
         number
@@ -90,7 +96,7 @@ def cut(
         if heat > 0 and (0 < k < vocab or p < 1)
     ]
     if cutting:
-        some = torch.tensor(cutting, device=probs_NV.device)
+        some = to_device(np.array(cutting), device)
         k = [top_k[number] if top_k[number] > 0 else vocab for number in cutting]
         probs_NV[some] = _cut_tail(probs_NV[some], k, [top_p[number] for number in cutting])
     return probs_NV / probs_NV.sum(-1, keepdim=True)
@@ -100,51 +106,68 @@ def _cut_tail(probs_NV: torch.Tensor, top_k: Sequence[int], top_p: Sequence[floa
     sorted_NV, order_NV = probs_NV.sort(dim=-1, descending=True, stable=True)
     device = probs_NV.device
     rank_V = torch.arange(probs_NV.shape[1], device=device)
-    sorted_NV[rank_V >= torch.tensor(top_k, device=device).unsqueeze(-1)] = 0.0
+    sorted_NV.masked_fill_(rank_V >= _column(top_k, device, np.int64), 0.0)
     share_NV = sorted_NV / sorted_NV.sum(-1, keepdim=True)
     before_NV = share_NV.double().cumsum(-1) - share_NV
-    p_N1 = torch.tensor(top_p, dtype=torch.float64, device=device).unsqueeze(-1)
+    p_N1 = _column(top_p, device, np.float64)
     # The first always stays; a top_p of 1 cuts nothing, rounding or not.
     gone_NV = (before_NV >= p_N1) & (p_N1 < 1)
     gone_NV[:, 0] = False
-    sorted_NV[gone_NV] = 0.0
+    sorted_NV.masked_fill_(gone_NV, 0.0)
     return torch.zeros_like(probs_NV).scatter_(1, order_NV, sorted_NV)
 
 
+def _column(
+    values: Sequence[float], device: torch.device, dtype: DTypeLike = np.float32
+) -> torch.Tensor:
+    """[N, 1]."""
+    return to_device(np.array(values, dtype=dtype)[:, None], device)
+
+
+def _ids(tokens: Iterable[int], device: torch.device) -> torch.Tensor:
+    return to_device(np.array(list(tokens), dtype=np.int64), device)
+
+
 def _adjust(logits_V: torch.Tensor, row: Row) -> None:
-    request, params = row.request, row.request.params
-    if request.num_output + row.drafts < params.min_tokens and request.stop_tokens:
-        logits_V[sorted(request.stop_tokens)] = -torch.inf
+    request, params, device = row.request, row.request.params, logits_V.device
     if params.logit_bias:
-        tokens = list(params.logit_bias)
-        bias = torch.tensor([float(params.logit_bias[token]) for token in tokens])
-        logits_V[tokens] += bias.to(logits_V)
+        bias = to_device(np.array(list(params.logit_bias.values()), dtype=np.float32), device)
+        logits_V.index_add_(0, _ids(params.logit_bias, device), bias.to(logits_V.dtype))
     if params.has_penalties:
         _penalise(logits_V, row)
+    if params.forbids_tokens:
+        _forbid(logits_V, row)
+    chosen = request.length - request.num_prompt + row.drafts
+    if chosen < params.min_tokens and request.stop_tokens:
+        logits_V.index_fill_(0, _ids(request.stop_tokens, device), -torch.inf)
+
+
+def _forbid(logits_V: torch.Tensor, row: Row) -> None:
+    """A bad word's last token, where the output ends with those before it (as in vllm)."""
+    params, output = row.request.params, row.request.output + row.request.drafts[: row.drafts]
+    if params.allowed_token_ids is not None:
+        allowed = _ids(params.allowed_token_ids, logits_V.device)
+        kept = logits_V[allowed]
+        logits_V.fill_(-torch.inf)
+        logits_V[allowed] = kept
+    bad = [
+        last
+        for *before, last in params.bad_words_token_ids
+        if output[max(0, len(output) - len(before)) :] == before
+    ]
+    if bad:
+        logits_V.index_fill_(0, _ids(bad, logits_V.device), -torch.inf)
 
 
 def _penalise(logits_V: torch.Tensor, row: Row) -> None:
     """Presence and frequency look at the output, repetition at the prompt too (as in vllm)."""
-    request, params = row.request, row.request.params
+    request, params, device = row.request, row.request.params, logits_V.device
     output = request.output + request.drafts[: row.drafts]
-    seen = torch.tensor(sorted({*request.tokens[: request.num_prompt], *output}))
+    seen = _ids({*request.tokens[: request.num_prompt], *output}, device)
     repetition = params.repetition_penalty or 1.0
     values = logits_V[seen]
     logits_V[seen] = torch.where(values > 0, values / repetition, values * repetition)
     if output:
-        tokens, counts = torch.tensor(output).unique(return_counts=True)
+        tokens, counts = np.unique(output, return_counts=True)
         penalty = counts * params.frequency_penalty + params.presence_penalty
-        logits_V[tokens] -= penalty.to(logits_V)
-
-
-def describe(logits_NV: torch.Tensor, tokens: Sequence[int], num_best: int) -> list[TokenLogprobs]:
-    """What the model itself thinks of ``tokens``, and its ``num_best`` best."""
-    logprobs_NV = logits_NV.float().log_softmax(-1)
-    chosen_N = logprobs_NV.gather(1, torch.tensor(tokens, device=logits_NV.device)[:, None])
-    values_NB, ids_NB = logprobs_NV.topk(num_best, dim=-1)
-    return [
-        TokenLogprobs(token, logprob, tuple(zip(ids, values, strict=True)))
-        for token, logprob, ids, values in zip(
-            tokens, chosen_N.squeeze(-1).tolist(), ids_NB.tolist(), values_NB.tolist(), strict=True
-        )
-    ]
+        logits_V[to_device(tokens, device)] -= to_device(penalty.astype(np.float32), device)

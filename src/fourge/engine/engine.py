@@ -1,7 +1,13 @@
 """The machine: requests in, tokens out, one step at a time.
 
-    schedule -> target model -> distributions -> which drafts stand, next token
-             -> commit, stop -> MTP layer -> drafts for the next step
+    schedule -> target model -> distributions -> which drafts stand, next token      (launched)
+             -> commit, stop -> MTP layer -> drafts for the next step                 (landed)
+With ``async_scheduling`` a step is launched before the one in flight lands: it takes the newest
+tokens on the device, and the host learns them meanwhile, the only thing that it waits for. That a
+request has come to its end is known a step late; what the step after gave it is dropped. A step
+lands at once where what follows is decided on the host: by a grammar, penalties, bad words of
+several tokens, or drafts.
+
 A request that fails (numbers that are not finite, a grammar that breaks) ends with the reason
 "error" and leaves the others alone. Not for several threads at once: see async_engine.py.
 """
@@ -11,16 +17,16 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fourge.checkpoint.metadata import read_config
-from fourge.engine import choosing
 from fourge.engine.cache import PagedCache, cached_layers
 from fourge.engine.decoding import one_thread
+from fourge.engine.drafting import Drafter
+from fourge.engine.flight import Counters, Flight, Progressed, commit, launch
 from fourge.engine.loader import Loader, OnProgress, stored_bytes
 from fourge.engine.options import EngineOptions, engine_options, resolve
 from fourge.engine.pages import PagePool
@@ -32,7 +38,7 @@ from fourge.engine.params import (
     read_defaults,
     resolved,
 )
-from fourge.engine.request import Chunk, Matcher, Request, TokenLogprobs
+from fourge.engine.request import Chunk, Matcher, Request
 from fourge.engine.runner import Runner
 from fourge.engine.scheduler import Scheduler
 from fourge.errors import CheckpointError, EngineError, RequestError
@@ -43,31 +49,6 @@ from fourge.models.survey import survey_quantized
 GENERATION_CONFIG = "generation_config.json"
 
 CompileGrammar = Callable[[StructuredOutputs], Matcher]
-
-
-@dataclass(frozen=True, slots=True)
-class Progressed:
-    """What one step gave one request; ``finish_reason`` as it was then, None if it goes on."""
-
-    request: Request
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs]
-    finish_reason: str | None
-
-
-@dataclass
-class Counters:
-    """Since the engine was set up."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
-    finished: int = 0
-    drafts: int = 0  # times that drafts were verified
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
 
 
 class Engine:
@@ -129,8 +110,11 @@ class Engine:
         )
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
-        self.counters = Counters()
-        self.accepted_at = [0] * self.options.num_speculative_tokens
+        self._in_flight: Flight | None = None
+        self._flies = self.options.async_scheduling
+        if self._flies is None:
+            self._flies = self.device.type == "cuda" and not speculate
+        self.counters = Counters(accepted_at=[0] * self.options.num_speculative_tokens)
 
     @property
     def has_work(self) -> bool:
@@ -196,24 +180,36 @@ class Engine:
         for request in failed:
             request.finish_reason, request.error = "error", error
             self._leave(request)
+        self._in_flight = None
+        for request in self._requests.values():
+            request.num_ahead = 0  # preempted meanwhile: the token will be chosen again
         return [Progressed(request, [], [], "error") for request in failed]
 
     @torch.inference_mode()
     def step(self) -> list[Progressed]:
-        """One pass through the model; what it gave to those who got a token or ended."""
+        """One pass through the model; what it gave to those who got a token or ended. A step that
+        stays in flight gives that at the next call.
+        """
         chunks = self._scheduler.schedule()
-        if not chunks:
-            assert not self._requests, "requests are left, but none can go on"
-            return []
+        before, self._in_flight = self._in_flight, None
+        assert chunks or before or not self._requests, "requests are left, but none can go on"
         chunks.sort(key=lambda chunk: chunk.num_tokens)  # neighbours of one size go together
         with one_thread() if self._runner.only_decodes(chunks) else nullcontext():
-            return self._run(chunks)
+            launched = self._launch(chunks, before) if chunks else None
+            progressed = self._land(before) if before else []
+            if launched is None or not self._requests:
+                return progressed
+            if not self._flies or not launched.may_fly:
+                return progressed + self._land(launched)
+            self._in_flight = launched
+            return progressed
 
     def stats(self) -> dict[str, Any]:
         """Counters, and how full the engine is."""
         pool, counters = self._scheduler.pool, self.counters
         usable = pool.num_pages - 1
-        found: dict[str, Any] = dict(vars(counters))
+        found = dict(vars(counters))
+        accepted_at = found.pop("accepted_at")
         found |= {
             "running": len(self._scheduler.running),
             "waiting": len(self._scheduler.waiting),
@@ -224,117 +220,49 @@ class Engine:
         if self.options.num_speculative_tokens:
             found["mean_acceptance_length"] = 1 + counters.accepted_tokens / max(1, counters.drafts)
             found["acceptance_per_position"] = [
-                count / max(1, counters.drafts) for count in self.accepted_at
+                count / max(1, counters.drafts) for count in accepted_at
             ]
         return found
 
-    def _run(self, chunks: Sequence[Chunk]) -> list[Progressed]:
-        hidden_TD = self._runner.target(chunks)
-        self._describe_prompts(chunks, hidden_TD)
-        progressed = self._choose(chunks, hidden_TD)
+    def _launch(self, chunks: Sequence[Chunk], before: Flight | None) -> Flight:
         self.counters.steps += 1
+        block = self.options.rejection_sample_method == "block"
+        return launch(self._runner, chunks, before, block=block)
+
+    def _land(self, flight: Flight) -> list[Progressed]:
+        """Commit the tokens of those who are still there."""
+        choices = flight.chosen.choices() if flight.chosen else []
+        there = [chunk for chunk in flight.chunks if chunk.request.finish_reason is None]
+        progressed = [
+            commit(chunk, choice, self.counters)
+            for chunk, choice in zip(flight.sampling, choices, strict=True)
+            if chunk.request.finish_reason is None
+        ]
         if self.options.num_speculative_tokens:
-            self._draft(chunks, hidden_TD)
-        for chunk in chunks:
-            request = chunk.request
-            if not chunk.samples:
-                request.num_computed = chunk.start + chunk.num_committed
-            self._scheduler.committed(request)
-            if request.finish_reason is not None:
-                self._leave(request)
+            self._draft(flight)
+        for chunk in there:
+            self._scheduler.committed(chunk.request)
+            if chunk.request.finish_reason is not None:
+                self._leave(chunk.request)
         return progressed
 
-    def _choose(self, chunks: Sequence[Chunk], hidden_TD: torch.Tensor) -> list[Progressed]:
-        """Choose tokens for those chunks that end with a request's newest, and commit them."""
-        sampling = [chunk for chunk in chunks if chunk.samples]
-        if not sampling:
-            return []
-        rows, start = [], 0
-        for chunk in chunks:
-            start += chunk.num_tokens
-            if chunk.samples:
-                rows += range(start - len(chunk.drafts) - 1, start)
-        chosen_ND = hidden_TD if len(rows) == len(hidden_TD) else hidden_TD[rows]
-        logits_NV = self._runner.logits(chosen_ND)
-        choices = choosing.choose(
-            sampling, logits_NV, block=self.options.rejection_sample_method == "block"
-        )
-        return [
-            self._commit(chunk, choice) for chunk, choice in zip(sampling, choices, strict=True)
-        ]
-
-    def _commit(self, chunk: Chunk, choice: choosing.Choice) -> Progressed:
-        request = chunk.request
-        request.num_computed = len(request.tokens)
-        request.drafts, request.draft_probs_KV = [], None
-        if choice.error is not None:
-            request.finish_reason, request.error = "error", choice.error
-            return Progressed(request, [], [], "error")
-        if chunk.drafts:
-            self._count(request, len(chunk.drafts), len(choice.token_ids) - 1)
-        if request.first_token_s is None:
-            request.first_token_s = time.monotonic()
-            self.counters.prompt_tokens += request.num_prompt
-            self.counters.cached_prompt_tokens += request.num_cached
-        kept: list[int] = []
-        for token in choice.token_ids:
-            kept.append(token)
-            request.tokens.append(token)
-            request.finish_reason = choosing.end(request, token)
-            if request.finish_reason is not None:
-                break
-        request.num_computed += len(kept) - 1
-        self.counters.output_tokens += len(kept)
-        logprobs = choice.logprobs[: len(kept)]
-        request.logprobs += logprobs
-        return Progressed(request, kept, logprobs, request.finish_reason)
-
-    def _draft(self, chunks: Sequence[Chunk], hidden_TD: torch.Tensor) -> None:
+    def _draft(self, flight: Flight) -> None:
         drafting = [
-            chunk.request
-            for chunk in chunks
-            if chunk.samples and chunk.request.finish_reason is None
+            chunk.request for chunk in flight.sampling if chunk.request.finish_reason is None
         ]
-        drafter = choosing.Drafter(drafting, greedy=self.options.draft_sample_method == "greedy")
+        drafter = Drafter(drafting, greedy=self.options.draft_sample_method == "greedy")
         drafts_BK = self._runner.predict(
-            chunks, hidden_TD, self.options.num_speculative_tokens, drafter.choose
+            flight.chunks, flight.hidden_TD, self.options.num_speculative_tokens, drafter.choose
         )
         if drafts_BK is not None:
             drafter.hand_over(drafts_BK)
 
-    def _count(self, request: Request, drafted: int, accepted: int) -> None:
-        request.drafted += drafted
-        request.accepted += accepted
-        self.counters.drafts += 1
-        self.counters.draft_tokens += drafted
-        self.counters.accepted_tokens += accepted
-        for position in range(accepted):
-            self.accepted_at[position] += 1
-
-    def _describe_prompts(self, chunks: Sequence[Chunk], hidden_TD: torch.Tensor) -> None:
-        """Log probabilities of prompt tokens, of which the first has none."""
-        start = 0
-        for chunk in chunks:
-            request, first = chunk.request, start
-            start += chunk.num_tokens
-            wanted = request.params.prompt_logprobs
-            done = len(request.prompt_logprobs)
-            if wanted is None or done >= request.num_prompt:
-                continue
-            if not done:
-                request.prompt_logprobs.append(None)
-            stop = min(chunk.start + chunk.num_committed, request.num_prompt - 1)
-            tokens = request.tokens[chunk.start + 1 : stop + 1]
-            begin = len(request.prompt_logprobs) - 1 - chunk.start  # preempted: some are known
-            if begin < len(tokens):
-                hidden_ND = hidden_TD[first + begin : first + len(tokens)]
-                request.prompt_logprobs += choosing.describe(
-                    self._runner.logits(hidden_ND), tokens[begin:], wanted
-                )
-
     def _leave(self, request: Request) -> None:
         del self._requests[request.request_id]
+        request.num_ahead = 0
         self._scheduler.remove(request)
+        if not self._requests:
+            self._in_flight = None
         self.counters.finished += 1
         self.counters.preemptions += request.num_preemptions
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from fourge.engine.pages import NOBODY
+from fourge.engine.transfers import to_device
 from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.models.cached import FEW_QUERIES
 
@@ -44,10 +45,10 @@ class DecodeGraphs:
         self._captured: dict[tuple[int, int, int], _Captured] = {}
 
     def run(
-        self, tokens: Sequence[int], begins: Sequence[int], pages: Sequence[Sequence[int]]
+        self, token_T: torch.Tensor, begins: Sequence[int], pages: Sequence[Sequence[int]]
     ) -> torch.Tensor | None:
         """Hidden states [T, D] of sequences that bring equally many tokens; None: too much."""
-        count = len(tokens) // len(begins)
+        count = len(token_T) // len(begins)
         shape = _filled_up(len(begins), max(begins) + count)
         if count > FEW_QUERIES or shape[0] * shape[1] * PAGE_TOKENS > MOST_KEYS:
             return None
@@ -56,13 +57,14 @@ class DecodeGraphs:
         for row, own in zip(page_MP, pages, strict=False):
             own = own[: shape[1]]
             row[: len(own)] = own
-        num_rows = len(begins)
-        captured.inputs.token_MN[:num_rows] = torch.tensor(tokens).view(num_rows, count)
-        captured.inputs.begin_M1.zero_()
-        captured.inputs.begin_M1[:num_rows, 0] = torch.tensor(begins)
-        captured.inputs.page_MP.copy_(torch.from_numpy(page_MP))
+        begin_M1 = np.zeros((shape[0], 1), dtype=np.int64)
+        begin_M1[: len(begins), 0] = begins
+        inputs = captured.inputs
+        inputs.token_MN.flatten()[: len(token_T)] = token_T
+        inputs.begin_M1.copy_(to_device(begin_M1, self._device))
+        inputs.page_MP.copy_(to_device(page_MP, self._device))
         captured.graph.replay()
-        return captured.hidden[: len(tokens)].clone()
+        return captured.hidden[: len(token_T)].clone()
 
     def _capture(self, num_sequences: int, num_pages: int, count: int) -> _Captured:
         def zeros(*shape: int) -> torch.Tensor:

@@ -36,6 +36,7 @@ class EngineOptions:
     kv_cache_dtype: str = "auto"  # auto: the compute dtype; bf16, fp32, fp8
     enable_prefix_caching: bool = True
     enforce_eager: bool = False  # no CUDA graphs
+    async_scheduling: bool | None = None  # None: on a GPU, without drafts
     num_speculative_tokens: int = 0
     draft_sample_method: str = "probabilistic"  # or greedy
     rejection_sample_method: str = "standard"  # or block
@@ -65,6 +66,12 @@ def engine_options(given: Mapping[str, Any]) -> EngineOptions:
     options = EngineOptions(**given)
     _check_choices(options)
     _check_numbers(options)
+    if options.async_scheduling and options.num_speculative_tokens:
+        raise EngineError(
+            "async_scheduling is on and num_speculative_tokens is"
+            f" {options.num_speculative_tokens}; drafts wait for the tokens before them: leave one"
+            " of the two out."
+        )
     if options.max_num_batched_tokens < options.max_num_seqs * (options.num_speculative_tokens + 1):
         raise EngineError(
             f"max_num_batched_tokens is {options.max_num_batched_tokens}; one step of"
@@ -137,6 +144,7 @@ def _check_choices(options: EngineOptions) -> None:
         "rejection_sample_method": ("standard", "block"),
         "enable_prefix_caching": (True, False),
         "enforce_eager": (True, False),
+        "async_scheduling": (None, True, False),
     }
     for name, allowed in choices.items():
         value = getattr(options, name)

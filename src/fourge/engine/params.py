@@ -44,6 +44,8 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None  # None: all
+    bad_words_token_ids: Sequence[Sequence[int]] = ()  # none of these follows in the output
     min_tokens: int = 0
     max_tokens: int | None = None  # None: as many as the context has room for
     stop_token_ids: Sequence[int] = ()
@@ -57,6 +59,10 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
+
+    @property
+    def forbids_tokens(self) -> bool:
+        return self.allowed_token_ids is not None or bool(self.bad_words_token_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,13 +155,34 @@ def _check_count(name: str, value: object, low: int) -> None:
 
 
 def _check_tokens(params: SamplingParams, vocab_size: int) -> None:
-    for name in ("stop_token_ids", "logit_bias"):
-        for token in getattr(params, name):
+    given = {
+        "stop_token_ids": params.stop_token_ids,
+        "logit_bias": params.logit_bias,
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_words_token_ids": [token for word in params.bad_words_token_ids for token in word],
+    }
+    for name, tokens in given.items():
+        for token in tokens:
             if not is_token(token, vocab_size):
                 raise RequestError(f"{name} has {token!r}; tokens are 0 to {vocab_size - 1}.")
     for token, bias in params.logit_bias.items():
-        if isinstance(bias, bool) or not isinstance(bias, int | float) or math.isnan(bias):
+        if (
+            isinstance(bias, bool)
+            or not isinstance(bias, int | float)
+            or math.isnan(bias)
+            or bias == math.inf
+        ):
             raise RequestError(f"logit_bias of token {token} is {bias!r}; it must be a number.")
+    if not all(params.bad_words_token_ids):
+        raise RequestError("bad_words_token_ids has a word of no tokens: leave it out.")
+    allowed = params.allowed_token_ids
+    if allowed is not None:
+        never = {word[0] for word in params.bad_words_token_ids if len(word) == 1}
+        if not set(allowed) - never:
+            raise RequestError(
+                f"allowed_token_ids has {len(allowed)} tokens, and none that is no bad word: allow"
+                " at least one, or leave it out."
+            )
 
 
 def is_token(token: object, vocab_size: int) -> bool:

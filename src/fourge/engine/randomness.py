@@ -4,8 +4,13 @@ So a request draws the same numbers in any batch, after any preemption, on any d
 decides one draw. splitmix64 (Steele, Lea, Flood 2014), three rounds; 53 bits of the last.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+
+from fourge.engine.request import Request
+from fourge.engine.transfers import to_device
 
 # What a number is for, at one position.
 CHOOSE, ACCEPT, DRAFT = range(3)
@@ -14,12 +19,19 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-def uniform(seeds: np.ndarray, positions: np.ndarray, purpose: int) -> torch.Tensor:
+def uniform(
+    seeds: np.ndarray, positions: np.ndarray, purpose: int, device: torch.device
+) -> torch.Tensor:
     """float64 in [0, 1), of the broadcast shape of two int64 arrays."""
     state = _mix(seeds.astype(np.int64).view(np.uint64))
     state = _mix(state ^ positions.astype(np.int64).view(np.uint64))
     bits = _mix(state ^ np.uint64(purpose))
-    return torch.from_numpy((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    return to_device((bits >> np.uint64(11)).astype(np.float64) * 2.0**-53, device)
+
+
+def seeds_of(requests: Sequence[Request]) -> np.ndarray:
+    """int64 [B]."""
+    return np.array([request.seed for request in requests], dtype=np.int64)
 
 
 def draw(probs_NV: torch.Tensor, u_N: torch.Tensor) -> torch.Tensor:

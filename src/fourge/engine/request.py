@@ -1,8 +1,9 @@
 """One request on its way: its tokens, where it stands, what it gave.
 
-A request of n tokens has the cache of its first ``num_computed``; the newest token was chosen but
+A request of length n has the cache of its first ``num_computed``; the newest token was chosen but
 has not gone through the model. ``drafts`` stand for the tokens after it; they are kept when the
-request is preempted, so that a seed gives the same tokens whatever happens to it.
+request is preempted, so that a seed gives the same tokens whatever happens to it. The last
+``num_ahead`` tokens were chosen by steps in flight: counted, but known to the device alone.
 """
 
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ class TokenLogprobs(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """``tokens`` is the prompt and what was chosen after it."""
+    """``tokens`` is the prompt and what is known to have been chosen after it."""
 
     request_id: str
     tokens: list[int]
@@ -55,6 +56,7 @@ class Request:
     digests: list[bytes] = field(default_factory=list)  # of its full pages of committed tokens
     num_published: int = 0
     num_computed: int = 0
+    num_ahead: int = 0
     num_predicted: int = 1  # the next token that the MTP layer has to see
     drafts: list[int] = field(default_factory=list)
     draft_probs_KV: torch.Tensor | None = None  # None: drafts are certain choices
@@ -69,6 +71,10 @@ class Request:
     accepted: int = 0
     scheduled_s: float | None = None  # when it was let in first
     first_token_s: float | None = None
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.num_ahead
 
     @property
     def num_output(self) -> int:

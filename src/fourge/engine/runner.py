@@ -8,8 +8,9 @@ state before it, which is kept for the last token of every page.
 Knows no sampling: who drafts is asked for every draft.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby, takewhile
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from fourge.engine.graphs import DecodeGraphs, Inputs
 from fourge.engine.loader import Loaded
 from fourge.engine.pages import NOBODY, pages_for
 from fourge.engine.request import Chunk, Part, Request
+from fourge.engine.transfers import to_device
 from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer
 from fourge.models.config import ModelConfig
@@ -32,6 +34,13 @@ from fourge.models.rope import RopeTable, rope_table
 
 # Logits [B, V] of one draft of each request, and which draft it is -> the drafts' ids [B].
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class Newest(NamedTuple):
+    """Tokens of the step before that the device alone knows yet."""
+
+    token_B: torch.Tensor
+    rows: Mapping[Request, int]
 
 
 class Runner:
@@ -56,21 +65,38 @@ class Runner:
         """Whether all of ``chunks`` go the fast way."""
         return self._decoder is not None and all(one.num_tokens <= FEW_QUERIES for one in chunks)
 
-    def target(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        """Hidden states [T, D] after the final norm, of the chunks' tokens one after the other."""
-        tokens: list[int] = []
-        for chunk in chunks:
-            tokens += chunk.request.tokens[chunk.start : chunk.start + chunk.num_committed]
-            tokens += chunk.drafts
+    def target(self, chunks: Sequence[Chunk], newest: Newest | None = None) -> torch.Tensor:
+        """Hidden states [T, D] after the final norm, of the chunks' tokens one after the other;
+        ``newest`` has those that the requests do not know.
+        """
+        token_T = self._tokens(chunks, newest)
         parts = [Part(one.request.pages, one.start, one.num_tokens) for one in chunks]
-        hidden_TD = self._replayed(tokens, chunks)
+        hidden_TD = self._replayed(token_T, chunks)
         if hidden_TD is None:
-            hidden_TD = self._embed(torch.tensor(tokens, device=self._device))
             layers = range(self._config.num_hidden_layers)
-            hidden_TD = self._final_norm(self._layers(hidden_TD, parts, layers, first=0))
+            hidden_TD = self._layers(self._embed(token_T), parts, layers, first=0)
+            hidden_TD = self._final_norm(hidden_TD)
         if len(self._cache.last_hidden_PD):
             self._keep_last_hidden(hidden_TD, parts)
         return hidden_TD
+
+    def _tokens(self, chunks: Sequence[Chunk], newest: Newest | None) -> torch.Tensor:
+        tokens: list[int] = []
+        sources: list[int] = []  # rows of the newest; -1: known
+        for chunk in chunks:
+            known = chunk.request.tokens[chunk.start : chunk.start + chunk.num_committed]
+            sources += [-1] * len(known)
+            tokens += known
+            if len(known) < chunk.num_committed:
+                assert newest is not None, "a token is not known, and no step is in flight"
+                sources.append(newest.rows[chunk.request])
+                tokens.append(0)
+            sources += [-1] * len(chunk.drafts)
+            tokens += chunk.drafts
+        if newest is None:
+            return to_device(np.array(tokens), self._device)
+        token_T, source_T = to_device(np.array([tokens, sources]), self._device)
+        return torch.where(source_T < 0, token_T, newest.token_B[source_T.clamp(min=0)])
 
     def _final_norm(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         return rms_norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
@@ -84,14 +110,14 @@ class Runner:
         layers = range(self._config.num_hidden_layers)
         return self._final_norm(self._reference(hidden_TD, self._join([run]), layers))
 
-    def _replayed(self, tokens: Sequence[int], chunks: Sequence[Chunk]) -> torch.Tensor | None:
+    def _replayed(self, token_T: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         """A step in which everybody decodes, with equally many drafts."""
         if self._graphs is None or len({(one.num_committed, one.num_tokens) for one in chunks}) > 1:
             return None
         if chunks[0].num_committed > 1:
             return None
         begins = [one.start for one in chunks]
-        return self._graphs.run(tokens, begins, [one.request.pages for one in chunks])
+        return self._graphs.run(token_T, begins, [one.request.pages for one in chunks])
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """float32 [N, V]."""
@@ -210,8 +236,8 @@ class Runner:
         for number, part in enumerate(parts):
             own = part.pages[:num_pages]
             pages[number, : len(own)] = own
-        page_MP = torch.from_numpy(pages).to(self._device)
-        begin_M1 = torch.tensor([[part.position] for part in parts], device=self._device)
+        page_MP = to_device(pages, self._device)
+        begin_M1 = to_device(np.array([[part.position] for part in parts]), self._device)
         position_MN = begin_M1 + torch.arange(count, device=self._device)
         return _placed(page_MP, position_MN, num_keys, start=start, first=first)
 

@@ -4,7 +4,8 @@ Decoding requests go first, all of them; what is left of the budget goes to prom
 arrival, cut where it ends. A request is let in with the pages for all its tokens, and only if a
 page for every running one stays. When a decoding request finds no page, the latest arrival gives
 its pages back and will be computed anew: the oldest always goes on, and one sequence of the
-greatest length fits the cache alone (options.py), so there is always progress.
+greatest length fits the cache alone (options.py), so there is always progress. A token in flight
+counts like any other; a request that ends with it, by length, takes no part any more.
 """
 
 from bisect import insort
@@ -45,10 +46,12 @@ class Scheduler:
             self.waiting.remove(request)
 
     def schedule(self) -> list[Chunk]:
-        """The next step; empty only if no request is left."""
+        """The next step; empty only if no request is left, but for those that wait for a step in
+        flight.
+        """
         chunks: list[Chunk] = []
         budget, preempted = self._max_tokens, False
-        for request in [one for one in self.running if _left(one) == 1]:
+        for request in [one for one in self.running if _left(one) == 1 and not _is_over(one)]:
             if request not in self.running:
                 continue  # preempted for an earlier one
             if not self._grow(request):
@@ -85,7 +88,7 @@ class Scheduler:
 
     def _grow(self, request: Request) -> bool:
         """Pages for a decoding request's next step; False if it had to give way itself."""
-        needed = pages_for(len(request.tokens) + self._lookahead) - len(request.pages)
+        needed = pages_for(request.length + self._lookahead) - len(request.pages)
         while needed > 0:
             pages = self.pool.allocate(needed)
             if pages is not None:
@@ -111,7 +114,7 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         known = self._known_prefix(request)
         self.pool.hold(known)
-        needed = pages_for(len(request.tokens) + self._lookahead) - len(known)
+        needed = pages_for(request.length + self._lookahead) - len(known)
         spare = len(self.running)
         pages = self.pool.allocate(needed) if self.pool.num_free >= needed + spare else None
         if pages is None:
@@ -144,7 +147,12 @@ class Scheduler:
 
 
 def _left(request: Request) -> int:
-    return len(request.tokens) - request.num_computed
+    return request.length - request.num_computed
+
+
+def _is_over(request: Request) -> bool:
+    """Whether its last token is on its way."""
+    return request.length >= request.max_length
 
 
 def _chunk(request: Request, budget: int) -> Chunk:

@@ -139,7 +139,9 @@ def mix(
     score_MNHS = score_MAS.view(count, per_row, num_heads, -1)
     score_MNHS.masked_fill_(~seen_MNS.unsqueeze(2), -torch.inf)
     share_MAS = score_MNHS.softmax(-1).to(key_MSX.dtype).view_as(score_MAS)
-    mixed_MAC = torch.bmm(share_MAS, key_MSX[..., :latent])
+    # A share of 0 of a NaN would be one, and what a query does not see may be another's; of what it
+    # sees, its shares are NaN already.
+    mixed_MAC = torch.bmm(share_MAS, key_MSX[..., :latent].nan_to_num(nan=0.0))
     return mixed_MAC.view(count * per_row, num_heads, -1)
 
 

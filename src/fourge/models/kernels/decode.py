@@ -298,6 +298,7 @@ def attend(
     for t in range(position_T.size):
         count = count_T[t]
         slot_K[:count] = slot_TK[t, :count]
+        slot_K[count : _up_to_4(count)] = slot_TK[t, 0]  # a share of 0 of a NaN would be one
         cos_R, sin_R = cos_PR[position_T[t]], sin_PR[position_T[t]]
         query[:heads, :latent] = f32(0.0)
         for h in range(heads):

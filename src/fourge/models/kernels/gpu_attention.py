@@ -114,6 +114,8 @@ def _attend(
         shrink_H = tl.exp2(most_H - base_H)
         total_H = total_H * shrink_H + tl.sum(share_HK, 1)
         mixed_HC = mixed_HC * shrink_H[:, None]
+        # What is not seen may be another's, and a NaN.
+        latent_KC = tl.where(seen_K[:, None], latent_KC, tl.zeros_like(latent_KC))
         mixed_HC = tl.dot(share_HK.to(tl.bfloat16), latent_KC, mixed_HC)
         most_H = new_H
     place_H = (token * tl.num_programs(2) + tl.program_id(2)) * H + h_H

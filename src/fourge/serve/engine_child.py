@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import fields
@@ -16,7 +15,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from fourge.engine.async_engine import Delivery, EngineLoop
-from fourge.engine.params import SamplingParams
+from fourge.engine.params import StructuredOutputs
 from fourge.errors import FourgeError
 from fourge.llm import LLM
 from fourge.serve.engine_process import Facts
@@ -42,7 +41,7 @@ def main(descriptor: int) -> None:
 
 
 class _Child:
-    """Messages come from two threads: the one that steps, and the one that checks."""
+    """Messages come from two threads: the one that steps, and the one that compiles."""
 
     def __init__(self, connection: Connection, llm: LLM) -> None:
         self._connection, self._llm = connection, llm
@@ -55,7 +54,7 @@ class _Child:
         self._loop.run()
 
     def _read(self) -> None:
-        checks = ThreadPoolExecutor(1, thread_name_prefix="check")
+        compiler = ThreadPoolExecutor(1, thread_name_prefix="compile")
         try:
             while True:
                 kind, *rest = self._connection.recv()
@@ -63,22 +62,20 @@ class _Child:
                     self._loop.add(*rest)
                 elif kind == "abort":
                     self._loop.abort(*rest)
-                elif kind == "check":
-                    checks.submit(self._check, *rest)
+                elif kind == "compile":
+                    compiler.submit(self._compile, *rest)
                 else:
                     self._loop.close()
         except (EOFError, OSError):
             os._exit(0)  # the server has gone: nobody waits for the step under way
 
-    def _check(self, number: int, prompt: Sequence[int], params: SamplingParams) -> None:
+    def _compile(self, number: int, wanted: StructuredOutputs) -> None:
         error = None
         try:
-            self._llm.engine.check(prompt, params)
-            if params.structured_outputs is not None:
-                self._llm.matcher(params.structured_outputs)  # kept: the engine finds it ready
+            self._llm.matcher(wanted)
         except FourgeError as found:
             error = found
-        self._send("checked", number, error)
+        self._send("compiled", number, error)
 
     def _deliver(self, delivery: Delivery) -> None:
         self._send("given", delivery, self._llm.stats())
@@ -91,11 +88,9 @@ class _Child:
 def _facts(llm: LLM) -> Facts:
     engine, options = llm.engine, llm.engine.options
     return Facts(
-        vocab_size=engine.config.vocab_size,
-        max_model_len=engine.sizes.max_model_len,
+        bounds=engine.bounds,
         max_num_seqs=options.max_num_seqs,
         num_speculative_tokens=options.num_speculative_tokens,
-        defaults=engine.defaults,
         details={one.name: getattr(options, one.name) for one in fields(options)}
         | {"cache_kind": engine.sizes.cache_kind, "device": str(engine.device)},
     )

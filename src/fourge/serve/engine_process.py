@@ -25,7 +25,7 @@ import torch
 
 from fourge.engine.async_engine import Streams
 from fourge.engine.loader import OnProgress
-from fourge.engine.params import Defaults, SamplingParams
+from fourge.engine.params import Bounds, SamplingParams, StructuredOutputs, checked
 from fourge.errors import EngineError
 
 _LOG = logging.getLogger("fourge.serve")
@@ -36,11 +36,9 @@ CLOSING_S = 30.0  # for the step under way
 class Facts:
     """What a server has to know of its engine. ``details``: options and what became of them."""
 
-    vocab_size: int
-    max_model_len: int
+    bounds: Bounds
     max_num_seqs: int
     num_speculative_tokens: int
-    defaults: Defaults
     details: Mapping[str, Any]
 
 
@@ -61,7 +59,7 @@ class EngineProcess:
             )  # fmt: skip
         self._connection = Connection(ours.detach())
         self._orders: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-        self._checks: dict[int, Future[None]] = {}
+        self._compiled: dict[int, Future[None]] = {}
         self._numbers = itertools.count()
         self._closing = self._stopped = False
         self._streams = Streams(self)
@@ -89,14 +87,11 @@ class EngineProcess:
         self._orders.put(("abort", ticket))
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """RequestError: it could not be served. Compiles the grammar, so that the engine finds it
-        ready; may take a while."""
-        number = next(self._numbers)
-        checked = self._checks[number] = Future()
-        self._orders.put(("check", number, prompt, params))
-        if self._stopped:  # else the reader sees to it
-            raise EngineError("the engine has stopped.")
-        checked.result()
+        """RequestError: it could not be served. Has a grammar compiled, so that the engine finds it
+        ready; that may take a while."""
+        checked(prompt, params, self.facts.bounds)
+        if params.structured_outputs is not None:
+            self._compile(params.structured_outputs)
 
     def stats(self) -> dict[str, Any]:
         """See Engine.stats; as it was after the last step."""
@@ -109,6 +104,14 @@ class EngineProcess:
         self._orders.put(("close",))
         self._reader.join(CLOSING_S)
         self._end()
+
+    def _compile(self, wanted: StructuredOutputs) -> None:
+        number = next(self._numbers)
+        compiled = self._compiled[number] = Future()
+        self._orders.put(("compile", number, wanted))
+        if self._stopped:  # else the reader sees to it
+            raise EngineError("the engine has stopped.")
+        compiled.result()
 
     def _load(self, on_progress: OnProgress) -> tuple[Facts, dict[str, Any]]:
         try:
@@ -141,15 +144,15 @@ class EngineProcess:
                     self._streams.deliver(delivery)
                 else:
                     number, error = rest
-                    checked = self._checks.pop(number)
-                    checked.set_exception(error) if error else checked.set_result(None)
+                    compiled = self._compiled.pop(number)
+                    compiled.set_exception(error) if error else compiled.set_result(None)
         except (EOFError, OSError):
             self._stopped = True
             if not self._closing:
                 _LOG.error("%s", self._ended())
             self._streams.close("has stopped")
-            for checked in list(self._checks.values()):
-                checked.set_exception(EngineError("the engine has stopped."))
+            for compiled in list(self._compiled.values()):
+                compiled.set_exception(EngineError("the engine has stopped."))
 
     def _ended(self) -> str:
         status = self._process.wait()

@@ -84,7 +84,7 @@ def _served(setup: Setup, engine: EngineProcess) -> Served:
     engine.check([0], preferred_params(setup.preferred))
     facts = engine.facts
     from_checkpoint = {
-        name: getattr(facts.defaults, name)
+        name: getattr(facts.bounds.defaults, name)
         for name in ("temperature", "top_p", "top_k", "repetition_penalty")
     }
     return Served(
@@ -92,8 +92,8 @@ def _served(setup: Setup, engine: EngineProcess) -> Served:
         tokenizer=tokenizer,
         engine=engine,
         check=engine.check,
-        vocab_size=facts.vocab_size,
-        max_model_len=facts.max_model_len,
+        vocab_size=facts.bounds.vocab_size,
+        max_model_len=facts.bounds.max_model_len,
         max_num_seqs=facts.max_num_seqs,
         num_speculative_tokens=facts.num_speculative_tokens,
         preferred=from_checkpoint | dict(setup.preferred),

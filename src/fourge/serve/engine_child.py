@@ -18,7 +18,7 @@ from fourge.engine.async_engine import Delivery, EngineLoop
 from fourge.engine.params import StructuredOutputs
 from fourge.errors import FourgeError
 from fourge.llm import LLM
-from fourge.serve.engine_process import Facts
+from fourge.serve.engine_process import Facts, pack
 
 
 def main(descriptor: int) -> None:
@@ -78,7 +78,7 @@ class _Child:
         self._send("compiled", number, error)
 
     def _deliver(self, delivery: Delivery) -> None:
-        self._send("given", delivery, self._llm.stats())
+        self._send("given", pack(delivery), self._llm.stats())
 
     def _send(self, *message: object) -> None:
         with self._sending:

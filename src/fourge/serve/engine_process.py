@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from fourge.engine.async_engine import Streams
+from fourge.engine.async_engine import Delivery, Spent, Streams, Update
 from fourge.engine.loader import OnProgress
 from fourge.engine.params import Bounds, SamplingParams, StructuredOutputs, checked
+from fourge.engine.request import TokenLogprobs
 from fourge.errors import EngineError
 
 _LOG = logging.getLogger("fourge.serve")
@@ -40,6 +41,35 @@ class Facts:
     max_num_seqs: int
     num_speculative_tokens: int
     details: Mapping[str, Any]
+
+
+def pack(delivery: Delivery) -> list[tuple[int, Any]]:
+    """For the socket: pickle takes ten times as long for named tuples."""
+    return [
+        (ticket, result if isinstance(result, Exception) else _plain(result))
+        for ticket, result in delivery
+    ]
+
+
+def _plain(update: Update) -> tuple[Any, ...]:
+    logprobs = [tuple(one) for one in update.logprobs]
+    return update.token_ids, logprobs, update.finish_reason, tuple(update.spent), *update[4:]
+
+
+def unpack(packed: Sequence[tuple[int, Any]]) -> Delivery:
+    """What was packed."""
+    return [
+        (ticket, result if isinstance(result, Exception) else _named(*result))
+        for ticket, result in packed
+    ]
+
+
+def _named(
+    token_ids: list[int], logprobs: Sequence[Any], reason: str | None, spent: Sequence[Any],
+    *rest: Any,
+) -> Update:  # fmt: skip
+    named = [TokenLogprobs(*one) for one in logprobs]
+    return Update(token_ids, named, reason, Spent(*spent), *rest)
 
 
 class EngineProcess:
@@ -65,8 +95,7 @@ class EngineProcess:
         self._streams = Streams(self)
         self.begin, self.generate = self._streams.begin, self._streams.generate
         try:
-            self._connection.send((checkpoint, dict(options), torch.get_num_threads()))
-            self.facts, self._stats = self._load(on_progress)
+            self.facts, self._stats = self._load((checkpoint, dict(options)), on_progress)
         except BaseException:
             self._end()
             raise
@@ -113,8 +142,9 @@ class EngineProcess:
             raise EngineError("the engine has stopped.")
         compiled.result()
 
-    def _load(self, on_progress: OnProgress) -> tuple[Facts, dict[str, Any]]:
+    def _load(self, what: tuple[Any, ...], on_progress: OnProgress) -> tuple[Facts, dict[str, Any]]:
         try:
+            self._connection.send((*what, torch.get_num_threads()))
             while True:
                 kind, *rest = self._connection.recv()
                 if kind == "loaded":
@@ -140,8 +170,8 @@ class EngineProcess:
             while True:
                 kind, *rest = self._connection.recv()
                 if kind == "given":
-                    delivery, self._stats = rest
-                    self._streams.deliver(delivery)
+                    given, self._stats = rest
+                    self._streams.deliver(unpack(given))
                 else:
                     number, error = rest
                     compiled = self._compiled.pop(number)

@@ -23,7 +23,7 @@ from fourge.chat.template import normalise, render
 from fourge.chat.tokens import VOCABULARY_FILES, load_tokenizer
 from fourge.engine.loader import OnProgress
 from fourge.engine.params import SamplingParams
-from fourge.errors import CheckpointError, RequestError
+from fourge.errors import CheckpointError, EngineError, RequestError
 from fourge.serve.app import create_app
 from fourge.serve.engine_process import EngineProcess
 from fourge.serve.limits import Limits
@@ -134,7 +134,13 @@ async def _serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    loading = asyncio.create_task(asyncio.to_thread(load, setup, on_progress))
+
+    def progress(done: int, total: int) -> None:
+        if server.should_exit:
+            raise EngineError("the server was stopped while it loaded.")
+        on_progress(done, total)
+
+    loading = asyncio.create_task(asyncio.to_thread(load, setup, progress))
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():

@@ -70,7 +70,15 @@ class Served:
 
     def token_text(self, token: int) -> str:
         """The token by itself; a part of a character is U+FFFD."""
-        return str(self.tokenizer.decode([token]))
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = str(self.tokenizer.decode([token]))
+        return text
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        """Of tokens that were asked for; of a whole vocabulary it takes a few megabytes."""
+        return {}
 
 
 def finite(logprob: float) -> float:

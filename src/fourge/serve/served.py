@@ -60,6 +60,17 @@ class Served:
         added = self.tokenizer.added_tokens_decoder
         return frozenset(number for number, token in added.items() if token.special)
 
+    @cached_property
+    def most_characters(self) -> int | None:
+        """No longer text fits the context: no token has more than the longest. None where a
+        tokenizer drops some of a text, so that there is no such figure."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        if self.tokenizer.backend_tokenizer.normalizer or any(
+            token.lstrip or token.rstrip for token in added
+        ):
+            return None
+        return self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
+
     def check_name(self, model: str | None) -> None:
         """ApiError 404 unless the model is served under this name."""
         if model is not None and model not in self.names:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fourge.chat.tokens import tag_ids
 from fourge.engine.async_engine import Result
@@ -11,6 +11,7 @@ from fourge.engine.params import SamplingParams
 from fourge.serve.errors import ApiError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
@@ -65,9 +66,8 @@ class Served:
         """No longer text fits the context: no token has more than the longest. None where a
         tokenizer drops some of a text, so that there is no such figure."""
         added = self.tokenizer.added_tokens_decoder.values()
-        if self.tokenizer.backend_tokenizer.normalizer or any(
-            token.lstrip or token.rstrip for token in added
-        ):
+        backend = cast("Backend", self.tokenizer.backend_tokenizer)
+        if backend.normalizer is not None or any(token.lstrip or token.rstrip for token in added):
             return None
         return self.max_model_len * max(map(len, self.tokenizer.get_vocab()))
 

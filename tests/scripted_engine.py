@@ -8,7 +8,7 @@ from typing import Any
 
 from fourge.chat.tokens import load_tokenizer
 from fourge.engine.async_engine import Result, Spent, Update
-from fourge.engine.params import Defaults, SamplingParams, resolved
+from fourge.engine.params import Defaults, SamplingParams, StructuredOutputs, resolved
 from fourge.serve.served import Served
 
 EOS = 2027  # <|endoftext|> of the example's tokenizer
@@ -24,6 +24,7 @@ class ScriptedEngine:
     scripts: list[list[int]]
     stride: int = 1
     pause_s: float = 0.0
+    compile_s: float = 0.0
     finish: str = "stop"
     prompts: list[list[int]] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
@@ -56,6 +57,10 @@ class ScriptedEngine:
                 receive(Update(tokens[start:end], [], reason, Spent(num_cached=num_cached)))
         finally:
             self.under_way -= 1
+
+    async def compile(self, wanted: StructuredOutputs) -> None:
+        """Takes its time; it says what it says."""
+        await asyncio.sleep(self.compile_s)
 
     def stats(self) -> dict[str, Any]:
         counters = dict.fromkeys(

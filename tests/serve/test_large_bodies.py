@@ -2,7 +2,9 @@
 
 import json
 import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,22 @@ def test_a_stream_goes_on_while_a_large_body_is_read(server: Running):
         other.setblocking(False)
         with pytest.raises(BlockingIOError):  # no answer yet
             other.recv(1)
+
+
+def test_nobody_waits_for_the_grammar_of_somebody_else(tiny_glm: Path):
+    served, _ = scripted(tiny_glm, "a", compile_s=2)
+    body = HI | {"response_format": {"type": "json_object"}}
+    with (
+        running(served) as found,
+        httpx2.Client(base_url=found.url, timeout=120) as http,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(httpx2.post, found.url + CHAT, json=body, timeout=60)
+        while found.service.admission.taken < 1:
+            time.sleep(0.01)
+        assert http.post(CHAT, json=HI).status_code == 200
+        assert not waiting.done()
+        assert waiting.result().status_code == 200
 
 
 def test_what_cannot_fit_is_refused_before_its_tokens_are_counted(tiny_glm: Path):

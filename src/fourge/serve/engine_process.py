@@ -6,6 +6,7 @@ requests is one message. The child (engine_child.py) ends when its socket does, 
 ended; if it ends by itself, all requests do with an EngineError, and the server stays to say so.
 """
 
+import asyncio
 import itertools
 import logging
 import queue
@@ -116,11 +117,19 @@ class EngineProcess:
         self._orders.put(("abort", ticket))
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
-        """RequestError: it could not be served. Has a grammar compiled, so that the engine finds it
-        ready; that may take a while."""
+        """RequestError: it could not be served; what a grammar is worth, only ``compile`` knows."""
         checked(prompt, params, self.facts.bounds)
-        if params.structured_outputs is not None:
-            self._compile(params.structured_outputs)
+
+    async def compile(self, wanted: StructuredOutputs) -> None:
+        """Have a grammar ready, so that the engine does not wait for it. RequestError: it is
+        malformed."""
+        number = next(self._numbers)
+        compiled = self._compiled[number] = Future()
+        compiled.set_running_or_notify_cancel()  # whoever waits may leave; the answer comes
+        self._orders.put(("compile", number, wanted))
+        if self._stopped:  # else the reader sees to it
+            raise EngineError("the engine has stopped.")
+        await asyncio.wrap_future(compiled)
 
     def stats(self) -> dict[str, Any]:
         """See Engine.stats; as it was after the last step."""
@@ -133,14 +142,6 @@ class EngineProcess:
         self._orders.put(("close",))
         self._reader.join(CLOSING_S)
         self._end()
-
-    def _compile(self, wanted: StructuredOutputs) -> None:
-        number = next(self._numbers)
-        compiled = self._compiled[number] = Future()
-        self._orders.put(("compile", number, wanted))
-        if self._stopped:  # else the reader sees to it
-            raise EngineError("the engine has stopped.")
-        compiled.result()
 
     def _load(self, what: tuple[Any, ...], on_progress: OnProgress) -> tuple[Facts, dict[str, Any]]:
         try:

@@ -68,6 +68,11 @@ class Job:
     sampling: Sampling
     parsing: Parsing | None = None
 
+    @property
+    def grammar(self) -> StructuredOutputs | None:
+        """What all answers must look like."""
+        return self.choices[0][1].structured_outputs
+
 
 def chat_job(served: Served, conversation: Conversation, sampling: Sampling) -> Job:
     """FourgeError subclasses: the request cannot be served."""

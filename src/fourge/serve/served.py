@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from fourge.chat.tokens import tag_ids
 from fourge.engine.async_engine import Result
-from fourge.engine.params import SamplingParams
+from fourge.engine.params import SamplingParams, StructuredOutputs
 from fourge.serve.errors import ApiError
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ class TokenEngine(Protocol):
         self, prompt: Sequence[int], params: SamplingParams, receive: Callable[[Result], None]
     ) -> Callable[[], None]: ...
 
+    async def compile(self, wanted: StructuredOutputs) -> None: ...
+
     def stats(self) -> dict[str, Any]: ...
 
     @property
@@ -32,9 +34,8 @@ class TokenEngine(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Served:
-    """``check`` raises RequestError for what the engine would refuse; it may take a while, as
-    grammars are compiled, and belongs in a worker thread. ``preferred``: sampling parameters of
-    requests that name none; ``template_options``: likewise of the chat template.
+    """``check`` raises RequestError for what the engine would refuse. ``preferred``: sampling
+    parameters of requests that name none; ``template_options``: likewise of the chat template.
     """
 
     names: tuple[str, ...]

@@ -71,6 +71,8 @@ class Service:
         release = self.admission.take(num_answers)
         try:
             generation = await self.in_worker(lambda: self._prepared(served, prepare, release))
+            if (grammar := generation.job.grammar) is not None:
+                await served.engine.compile(grammar)  # may take a while; others need not wait
         except BaseException:
             release()
             raise

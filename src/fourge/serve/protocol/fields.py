@@ -23,17 +23,16 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
+        """Null is absent, whatever the name: clients send answers back with all fields that their
+        version knows."""
         if not isinstance(given, Mapping):
             return given
-        kept = {}
-        for name, value in given.items():
-            refused = name in cls.UNSUPPORTED
-            if refused and value is not None:
+        kept = {name: value for name, value in given.items() if value is not None}
+        for name in kept:
+            if name in cls.UNSUPPORTED:
                 raise PydanticCustomError(
                     "unsupported", "{name} is not supported: leave it out", {"name": name}
                 )
-            if value is not None or (name not in cls.model_fields and not refused):
-                kept[name] = value
         return kept
 
 
@@ -42,6 +41,7 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class JsonSchema(Strict):

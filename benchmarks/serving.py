@@ -163,8 +163,9 @@ class Bare:
         self._engine, self._llm = engine, llm
 
     async def tokens(self, number: int, tokens: int) -> AsyncIterator[None]:
-        messages = normalise(question(number))
-        prompt = self._llm.tokens(render(self._llm.tokenizer, messages, add_generation_prompt=True))
+        assert self._llm.tokenizer is not None
+        text = render(self._llm.tokenizer, normalise(question(number)), add_generation_prompt=True)
+        prompt = self._llm.tokens(text)
         params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=number, logprobs=0)
         async for update in self._engine.generate(prompt, params):
             for _ in update.token_ids:

@@ -65,7 +65,7 @@ class ScriptedEngine:
     def stats(self) -> dict[str, Any]:
         counters = dict.fromkeys(
             ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "preemptions", "drafts",
-             "draft_tokens", "accepted_tokens", "waiting"), 0,
+             "draft_tokens", "accepted_tokens", "waiting", "cache_tokens"), 0,
         )  # fmt: skip
         return counters | {"running": self.under_way, "cache_usage": 0.0}
 

@@ -119,6 +119,18 @@ def test_metrics_count_what_was_done(client: openai.OpenAI, http: httpx2.Client)
     ]
     assert sum(positions) == after["fourge:spec_decode_num_accepted_tokens_total"]
     assert after["fourge:spec_decode_position_0_alarm"] in (0, 1)
+    phases = ("queue", "prefill", "decode", "inference")
+    assert [grown(f"fourge:request_{one}_time_seconds_count") for one in phases] == [1] * 4
+    queue, prefill, decode, inference = (
+        grown(f"fourge:request_{one}_time_seconds_sum") for one in phases
+    )
+    assert prefill + decode == pytest.approx(inference)
+    assert min(queue, prefill, decode) > 0
+    assert queue + inference < grown("fourge:e2e_request_latency_seconds_sum")
+    assert grown("fourge:request_time_per_output_token_seconds_sum") == pytest.approx(decode / 6)
+    (cache,) = [name for name in after if name.startswith("fourge:cache_config_info")]
+    assert 'block_size="64"' in cache
+    assert 'cache_tokens="16384"' in cache
 
 
 def test_the_server_tells_what_it_is(http: httpx2.Client):

@@ -143,7 +143,7 @@ class Generation:
         if answer.parser is not None:
             self._metrics.tool_calls(answer.parser.num_calls, answer.parser.num_unknown)
         self._metrics.finished(reason, answer.num_tokens, clock.latest - clock.begun)
-        self._metrics.phases(spent)
+        self._metrics.phases(spent, answer.num_tokens)
 
 
 @dataclass

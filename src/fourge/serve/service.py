@@ -37,7 +37,7 @@ class Service:
     def begin_serving(self, served: Served) -> None:
         """The model is there."""
         self.admission.most = self.limits.max_waiting + served.max_num_seqs
-        self.metrics.watch(served.engine)
+        self.metrics.watch(served.engine, served.details)
         self._served = served
 
     @property

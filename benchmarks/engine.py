@@ -1,6 +1,6 @@
 """The embedded engine against transformers' generate, on the example model, in one run.
 
-    .venv/bin/python benchmarks/engine.py [--threads 2] [--rounds 3] [--steps 24]
+    .venv/bin/python benchmarks/engine.py [--threads 2] [--rounds 3] [--steps 24] [--only SECTION]
 
 The example model is quantized to NVFP4 first; transformers gets the same weights expanded, in
 float32 as the engine computes on a CPU, with its own cache. Rounds of the two alternate, so that
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import transformers
@@ -33,8 +33,14 @@ from fourge import LLM, SamplingParams
 from fourge.engine.engine import Engine
 from fourge.models.kernels import decode as kernels
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 MODEL = REPOSITORY / "examples" / "tiny-glm"
+SECTIONS = ("throughput", "context", "speculation", "prefix")
 BATCHES = (1, 8, 32)
+DRAFTS = (0, 1, 3)
+MOST_TOKENS = 96  # of a text
 PROMPT = 128
 CONTEXTS = (32, 64, 256, 512, 1024, 2048)
 THEIR_CONTEXTS = (64, 512)
@@ -52,21 +58,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=24, help="decode steps a round")
+    parser.add_argument("--only", choices=SECTIONS, help="this section alone")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = quantize(Path(folder))
         theirs = Theirs(checkpoint)
-        report = {
-            "benchmark": "engine",
-            **describe_run(),
-            "threads": options.threads,
-            "throughput": [throughput(checkpoint, theirs, batch, options) for batch in BATCHES],
-            "context": context(checkpoint, theirs, options),
-            "speculation": [
-                speculation(checkpoint, batch, drafts) for batch in (1, 8) for drafts in (0, 1, 3)
+        sections: dict[str, Callable[[], Any]] = {
+            "throughput": lambda: [throughput(checkpoint, theirs, one, options) for one in BATCHES],
+            "context": lambda: context(checkpoint, theirs, options),
+            "speculation": lambda: [
+                own for batch in (1, 8) for own in speculation(checkpoint, batch, options)
             ],
-            "prefix": prefix(checkpoint),
+            "prefix": lambda: prefix(checkpoint),
+        }
+        report = {"benchmark": "engine", **describe_run(), "threads": options.threads} | {
+            name: sections[name]() for name in SECTIONS if options.only in (None, name)
         }
     print(json.dumps(report, indent=2))
 
@@ -223,30 +230,46 @@ def context(checkpoint: Path, theirs: Theirs, options: argparse.Namespace) -> li
     return results
 
 
-def speculation(checkpoint: Path, batch: int, drafts: int) -> dict[str, Any]:
-    llm = LLM(checkpoint, device="cpu", speculative_tokens=drafts, enable_prefix_caching=False)
+def speculation(checkpoint: Path, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Medians of rounds in which the numbers of drafts take turns."""
+    llms = {
+        drafts: LLM(
+            checkpoint, device="cpu", speculative_tokens=drafts, enable_prefix_caching=False
+        )
+        for drafts in DRAFTS
+    }
+    tokenizer = llms[0].tokenizer
+    assert tokenizer is not None
     lines = (MODEL.parent / "conversations" / "broad.jsonl").read_text().splitlines()[:batch]
-    assert llm.tokenizer is not None
     texts = [
-        llm.tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
         for line in lines
     ]
-    prompts = [llm.tokens(text)[:128] for text in texts]
-    params = SamplingParams(temperature=0, max_tokens=96, ignore_eos=True)
-    llm.generate(prompts, params)
-    begun = now()
-    completions = llm.generate(prompts, params)
-    seconds = differences([begun, now()])[0]
-    stats = llm.stats()
-    return {
-        "batch": batch,
-        "drafts": drafts,
-        "tokens_per_s": sum(len(one.token_ids) for one in completions) / seconds.clock,
-        "tokens_per_processor_s": sum(len(one.token_ids) for one in completions)
-        / seconds.processor,
-        "mean_acceptance_length": stats.get("mean_acceptance_length"),
-        "acceptance_per_position": stats.get("acceptance_per_position"),
-    }
+    prompts = [llms[0].tokens(text)[:128] for text in texts]
+    params = SamplingParams(temperature=0, max_tokens=MOST_TOKENS, ignore_eos=True)
+    samples: dict[int, list[Seconds]] = {drafts: [] for drafts in DRAFTS}
+    for _ in range(options.rounds + 1):
+        for drafts, llm in llms.items():
+            begun = now()
+            llm.generate(prompts, params)
+            samples[drafts] += differences([begun, now()])
+    results = []
+    for drafts, llm in llms.items():
+        seconds, stats = samples[drafts][1:], llm.stats()  # the first one warmed up
+        tokens = batch * MOST_TOKENS
+        results.append(
+            {
+                "batch": batch,
+                "drafts": drafts,
+                "tokens_per_s": tokens / statistics.median(one.clock for one in seconds),
+                "tokens_per_processor_s": tokens
+                / statistics.median(one.processor for one in seconds),
+                "mean_acceptance_length": stats.get("mean_acceptance_length"),
+                "acceptance_per_position": stats.get("acceptance_per_position"),
+                "seconds": seconds,
+            }
+        )
+    return results
 
 
 def prefix(checkpoint: Path) -> dict[str, Any]:

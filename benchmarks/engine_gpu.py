@@ -9,6 +9,8 @@ copy       bytes per second of a large copy, read and written: the bandwidth tha
 experts    one layer's routed experts: packed, and BF16 through torch's grouped product
 attention  2048 chosen rows a query, 64 heads, where they lie; BF16 and FP8 rows
 steps      decode steps of the stack with head and argmax: tokens/s, with CUDA graphs and without
+engines    the whole engine with the example model, its experts packed, greedy: tokens/s with steps
+           launched ahead and not, with drafts, with graphs and without; ways take turns
 
 A floor is the bytes that must be read once, over the bandwidth. Kernel times are of CUDA graphs of
 several calls that read different experts or rows, so that caches do not help.
@@ -16,8 +18,11 @@ several calls that read different experts or rows, so that caches do not help.
 
 import argparse
 import json
+import random
 import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +33,9 @@ from packer import commit, machine
 
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP
 from fourge.engine.cache import PagedCache
+from fourge.engine.engine import Engine
 from fourge.engine.loader import Loaded
+from fourge.engine.params import SamplingParams
 from fourge.engine.request import Chunk
 from fourge.engine.runner import Runner
 from fourge.formats.cache_rows import PAGE_TOKENS, latent_row_bytes
@@ -41,6 +48,7 @@ from fourge.models.tensors import layer_shapes, projection_shape
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCHES = (1, 8, 32)
 CALLS = 8  # in a graph
+TEXT = 64  # tokens after the first, of the whole engine's requests
 FLOAT32 = ("self_attn.indexer.weights_proj.", "self_attn.indexer.k_norm.", "mlp.gate.")
 
 Weights = dict[str, torch.Tensor]
@@ -72,6 +80,7 @@ def main() -> None:
         }
         add_grouped_product(config, report["experts"])
         report["steps"] = steps(config, layer, options.context)
+    report["engines"] = [own for batch in BATCHES for own in engines(batch, "cuda")]
     report["peak_device_bytes"] = torch.cuda.max_memory_allocated()
     text = json.dumps(report, indent=1) + "\n"
     if options.out:
@@ -288,6 +297,56 @@ def decode_step(runner: Runner, batch: int, context: int, pages: int) -> Callabl
         return runner.logits(runner.target(chunks)).argmax(-1).cpu()
 
     return step
+
+
+def engines(batch: int, device: str, rounds: int = 5) -> list[dict[str, Any]]:
+    """Seconds of texts of 64 tokens after prompts of 128, from the first one's second token on."""
+    from engine_models import pack_experts
+
+    ways: list[dict[str, Any]] = [
+        {"async_scheduling": True},
+        {"async_scheduling": False},
+        {"async_scheduling": False, "enforce_eager": True},
+        {"num_speculative_tokens": 1},
+        {"num_speculative_tokens": 3},
+        {"num_speculative_tokens": 3, "enforce_eager": True},
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        model = pack_experts(
+            REPOSITORY / "examples" / "tiny-glm", Path(folder) / "packed", lambda *_: True
+        )
+        built = [
+            Engine(model, device=device, max_num_batched_tokens=128 * batch, max_num_seqs=batch,
+                   enable_prefix_caching=False, **way)
+            for way in ways
+        ]  # fmt: skip
+    samples: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds + 1):
+        for engine, own in zip(built, samples, strict=True):
+            own.append(decoding_seconds(engine, batch))
+    return [
+        {
+            "batch": batch,
+            **way,
+            "tokens_per_s": batch * TEXT / median(own[1:]),  # the first one warmed up
+            "mean_acceptance_length": engine.stats().get("mean_acceptance_length"),
+            "samples_s": own[1:],
+        }
+        for way, engine, own in zip(ways, built, samples, strict=True)
+    ]
+
+
+def decoding_seconds(engine: Engine, batch: int) -> float:
+    params = SamplingParams(temperature=0, max_tokens=TEXT + 1, ignore_eos=True)
+    choose = random.Random(0)
+    for number in range(batch):
+        engine.add(f"{number}", [choose.randrange(2000) for _ in range(128)], params)
+    while not engine.step():
+        pass
+    begun = time.perf_counter()
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -49,19 +49,19 @@ def compare_steps(engine: Engine) -> list[float]:
     fast = decoder.run
 
     def both(
-        hidden_TD: torch.Tensor, parts: Sequence[Any], layers: range, *, first: int
-    ) -> torch.Tensor:
+        hidden_TD: torch.Tensor, parts: Sequence[Any], layers: range, *, first: int, **again: Any
+    ) -> tuple[torch.Tensor, Any]:
         rows = [array for layer in layers for array in decoder._layers[layer][1]]
         step = runner._step(parts, first=first)
-        expected_TD = runner._reference(hidden_TD.clone(), step, layers)
+        expected_TD, _ = runner._reference(hidden_TD.clone(), step, layers)
         written = [array.copy() for array in rows]
-        found_TD = fast(hidden_TD, parts, layers, first=first)
+        found_TD, selection = fast(hidden_TD, parts, layers, first=first, **again)
         errors.append((found_TD - expected_TD).abs().max().item())
         errors.extend(
             float(np.abs(found[64:] - one[64:]).max(initial=0.0))
             for found, one in zip(rows, written, strict=True)
         )
-        return found_TD
+        return found_TD, selection
 
     decoder.run = both  # type: ignore[method-assign]
     return errors

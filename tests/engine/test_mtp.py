@@ -14,7 +14,8 @@ from fourge.engine.engine import Engine
 from fourge.engine.params import SamplingParams
 from fourge.engine.request import Request
 from fourge.engine.runner import Runner
-from fourge.models.mtp import mtp_forward
+from fourge.models.layer import decoder_layer
+from fourge.models.mtp import mtp_forward, mtp_input, mtp_output
 from fourge.models.rope import rope_table
 
 LENGTHS = (1, 5, 31, 63, 64, 65, 150)
@@ -120,6 +121,88 @@ def test_drafts_are_what_the_mtp_layer_says_of_the_whole_text(tiny_glm: Path, te
                 assert (raw - recycled).abs().max() > 0.01
                 compared += 1
     assert compared > 8
+
+
+SHARED = {"index_share_for_mtp_iteration": True}
+
+
+@pytest.mark.parametrize("length", [20, 100])  # index_topk is 64
+def test_later_drafts_look_where_the_first_one_looked(
+    tiny_glm: Path, texts: Any, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And at nothing else, the drafts before them and themselves included."""
+    engine = Engine(tiny_glm, **SMALL, num_speculative_tokens=3, hf_overrides=SHARED)
+    config, weights = engine.config, engine._runner._weights
+    layer = unfused(weights.layers[-1], config.n_routed_experts)
+    rope = rope_table(config, 200, "cpu")
+    prompt = texts[0][:length]
+    assert len(prompt) == length
+    seen: list[torch.Tensor] = []
+    target = Runner.target
+
+    def remember(self: Runner, chunks: Any, newest: Any) -> torch.Tensor:
+        seen.append(target(self, chunks, newest))
+        return seen[-1]
+
+    monkeypatch.setattr(Runner, "target", remember)
+    request = engine.add("one", prompt, greedy(max_tokens=30))
+    engine.step()
+    states, tokens = seen[0], request.tokens[1:]
+    looked: Any = None
+    found, others = [], []
+    for _ in range(3):
+        joined = mtp_input(states, weights.embedding[torch.tensor(tokens)], layer, config)
+
+        def through(shares: bool, joined: Any = joined, looked: Any = looked) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(type(config), "has_indexer", lambda *_: not shares)
+                number = config.num_hidden_layers
+                return decoder_layer(joined, [len(joined)], layer, config, number, rope, looked)
+
+        out, chosen = through(shares=looked is not None)
+        others.append(mtp_output(through(shares=False)[0], layer, config)[-1] @ weights.head.T)
+        if looked is None:
+            everything = torch.arange(64).expand(len(joined), -1)
+            everything = everything.where(everything <= torch.arange(len(joined))[:, None], -1)
+            looked = [everything.int() if chosen[0] is None else chosen[0]]
+        states = torch.cat([states, mtp_output(out, layer, config)[-1:]])
+        found.append(states[-1] @ weights.head.T)
+        tokens = [*tokens, found[-1].argmax().item()]
+        looked = [torch.cat([looked[0], looked[0][-1:]])]
+    assert request.drafts == [one.argmax().item() for one in found]
+    assert (found[0] - others[0]).abs().max() == 0
+    assert (found[1] - others[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "fp8"])
+def test_shared_selections_change_drafts_and_no_token(
+    model: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On either way through the layers; index_topk is 32."""
+    prompts = [random_tokens(length, length) for length in LENGTHS]
+    options: dict[str, Any] = SMALL | {"kv_cache_dtype": kind}
+    expected = outputs(serve(Engine(model, **options), prompts, greedy(max_tokens=20)))
+    drafted: list[list[list[int]]] = []
+    for way, overrides in (("fast", SHARED), ("slow", SHARED), ("fast", {})):
+        with monkeypatch.context() as patch:
+            if way == "slow":
+                patch.setattr("fourge.engine.runner.can_decode", lambda *_: False)
+            engine = Engine(model, **options, num_speculative_tokens=3, hf_overrides=overrides)
+        assert (engine._runner._decoder is not None) == (way == "fast" and kind == "fp32")
+        hand_over, all_drafts = drafting.Drafter.hand_over, []
+
+        def note(
+            self: drafting.Drafter, drafts: torch.Tensor, *,
+            all_drafts: list[Any] = all_drafts, hand_over: Any = hand_over,
+        ) -> None:  # fmt: skip
+            all_drafts.append(drafts.tolist())
+            hand_over(self, drafts)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(drafting.Drafter, "hand_over", note)
+            assert outputs(serve(engine, prompts, greedy(max_tokens=20))) == expected
+        drafted.append(all_drafts)
+    assert drafted[0] == drafted[1] != drafted[2]
 
 
 def unfused(layer: Any, num_experts: int) -> dict[str, torch.Tensor]:

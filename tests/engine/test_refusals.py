@@ -151,15 +151,3 @@ def test_whoever_gets_the_pages_of_such_a_request_is_not_harmed(
     failed = serve(engine, [[poisoned] * 150] * 3, greedy())
     assert all(one.finish_reason == "error" for one in failed)
     assert outputs(serve(engine, prompts, greedy())) == expected
-
-
-def test_memory_returns_to_its_start_after_many_requests(model: Path) -> None:
-    engine = Engine(model, device="cpu", cache_tokens=1024, num_speculative_tokens=2)
-    pool = engine._scheduler.pool
-    for number in range(10):
-        prompts = [random_tokens(1 + (7 * one) % 90, 100 * number + one) for one in range(30)]
-        serve(engine, prompts, greedy(max_tokens=4))
-        assert pool.num_free == pool.num_pages - 1
-        assert not engine._requests
-        assert (engine.stats()["running"], engine.stats()["waiting"]) == (0, 0)
-    assert engine.counters.finished == 300

@@ -184,6 +184,14 @@ def test_no_mtp_layer_is_assumed_where_the_key_is_missing() -> None:
     assert list(from_dict(raw).mtp_layers) == []
 
 
+def test_drafts_share_a_selection_where_the_config_says_so() -> None:
+    assert from_dict(GLM_5_2).index_share_for_mtp_iteration
+    assert not from_dict(GLM_5_1).index_share_for_mtp_iteration
+    assert not from_dict(GLM_4_7_FLASH).index_share_for_mtp_iteration
+    with pytest.raises(ConfigError, match="index_share_for_mtp_iteration"):
+        from_dict(GLM_5_2 | {"index_share_for_mtp_iteration": "yes"})
+
+
 def test_a_family_without_dsa_has_no_indexer_anywhere() -> None:
     config = from_dict(DEEPSEEK_V3)
     assert not config.uses_dsa

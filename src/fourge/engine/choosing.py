@@ -7,7 +7,6 @@ the tokens when it asks for ``Chosen.choices``, and only then does it have to wa
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +23,8 @@ from fourge.engine.transfers import Fetched, to_device
 
 # B requests, K drafts, P = K + 1 places, N places of all requests, V vocabulary
 
-# In place of a request's first token; in that of a later one, any of them: there is none.
-NOT_FINITE, NOTHING_LEFT = -1, -2
+# In place of a token.
+NONE, NOT_FINITE, NOTHING_LEFT = -1, -2, -3
 ERRORS = {
     NOT_FINITE: "the model's output is not finite",
     NOTHING_LEFT: "what the request allows leaves no token to choose",
@@ -42,7 +41,7 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen for some chunks."""
+    """What was chosen: at each place of a chunk, what follows if the drafts before it stand."""
 
     chunks: Sequence[Chunk]
     token_BP: torch.Tensor  # on the device
@@ -67,11 +66,7 @@ class Chosen:
                 own = logprobs[place : place + len(chunk.drafts) + 1]
                 own = [one._replace(top=one.top[:wanted]) for one in own]
                 place += len(chunk.drafts) + 1
-            if row[0] < 0:
-                choices.append(Choice([], [], ERRORS[row[0]]))
-                continue
-            tokens = list(takewhile(lambda token: token >= 0, row))
-            choices.append(_follow(chunk.request, Choice(tokens, own[: len(tokens)])))
+            choices.append(_follow(chunk.request, _choice(chunk.drafts, row, own)))
         return choices
 
 
@@ -84,11 +79,11 @@ def choose(chunks: Sequence[Chunk], logits_NV: torch.Tensor, *, block: bool) -> 
     raw_NV = logits_NV.clone() if describing else None
     bitmask = bitmasks(chunks, logits_NV.shape[1])
     if bitmask is None and all(_is_plain(one.request) for one in chunks):
-        token_BP = _greedy(chunks, best_N.indices)
+        token_BP = _by_request(best_N.indices, chunks)
     else:
         token_BP = _sample(chunks, logits_NV, bitmask, block=block)
-    broken_BP = _by_request(best_N.values.isnan(), chunks) & (token_BP != -1)
-    token_BP = token_BP.masked_fill(broken_BP.any(-1, keepdim=True), NOT_FINITE)
+    broken_BP = _by_request(best_N.values.isnan(), chunks)
+    token_BP = token_BP.masked_fill(broken_BP, NOT_FINITE)
     fetched = [token_BP]
     if raw_NV is not None:
         fetched += _described(chunks, raw_NV, token_BP)
@@ -122,19 +117,23 @@ def _is_plain(request: Request) -> bool:
     return chosen + len(request.drafts) >= params.min_tokens or not request.stop_tokens
 
 
-def _greedy(chunks: Sequence[Chunk], best_N: torch.Tensor) -> torch.Tensor:
-    """int64 [B, P]; ``best_N``: the token of the largest logit of every place."""
-    best_BP = _by_request(best_N, chunks)
-    if best_BP.shape[1] == 1:
-        return best_BP
-    stands_BK = (_drafts(chunks, best_N.device) == best_BP[:, :-1]).long().cumprod(-1)
-    return torch.where(F.pad(stands_BK, (1, 0), value=1) > 0, best_BP, -1)
+def _choice(drafts: Sequence[int], row: Sequence[int], logprobs: list[TokenLogprobs]) -> Choice:
+    """The drafts that stand, and what follows the last of them."""
+    tokens: list[int] = []
+    for draft, token in zip((*drafts, NONE), row, strict=False):
+        if token in ERRORS:
+            return Choice([], [], ERRORS[token])
+        if token != NONE:
+            tokens.append(token)
+        if token != draft:
+            break
+    return Choice(tokens, logprobs[: len(tokens)])
 
 
 def _sample(
     chunks: Sequence[Chunk], logits_NV: torch.Tensor, bitmask: torch.Tensor | None, *, block: bool
 ) -> torch.Tensor:
-    """int64 [B, P]."""
+    """int64 [B, P]; NONE after what follows the last draft that stands."""
     requests, (vocab, device) = (
         [chunk.request for chunk in chunks],
         (logits_NV.shape[1], logits_NV.device),
@@ -157,9 +156,9 @@ def _sample(
     token_B1 = verdict.token_B[:, None].clamp(max=vocab - 1)  # of a row of NaN, any number
     place_P = torch.arange(target_BPV.shape[1], device=device)
     token_BP = torch.where(place_P == accepted_B1, token_B1, F.pad(draft_BK, (0, 1), value=-1))
-    token_BP = token_BP.masked_fill(place_P > accepted_B1, -1)
-    nothing_B1 = target_BPV[..., 0].gather(1, accepted_B1).isnan()
-    return token_BP.masked_fill(nothing_B1, NOTHING_LEFT)
+    token_BP = token_BP.masked_fill(place_P > accepted_B1, NONE)
+    nothing_BP = target_BPV[..., 0].isnan() & (place_P == accepted_B1)
+    return token_BP.masked_fill(nothing_BP, NOTHING_LEFT)
 
 
 def _by_request(rows_N: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor:

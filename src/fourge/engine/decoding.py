@@ -12,7 +12,7 @@ from fourge.engine.pages import NOBODY, pages_for
 from fourge.engine.request import Part
 from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.models.config import ModelConfig
-from fourge.models.decode import DecodeStep, Selection, decode_layer, decode_weights
+from fourge.models.decode import DecodeStep, Selection, decode_layer, decode_weights, keep
 from fourge.models.rope import RopeTable
 
 # T tokens, D hidden, P positions
@@ -37,16 +37,26 @@ class Decoder:
         ]
 
     def run(
-        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layers: range, *, first: int
-    ) -> torch.Tensor:
-        """What leaves ``layers``; ``hidden_TD`` is changed. ``first``: see cached.Run."""
-        step = self._step(parts, first)
-        selection: Selection | None = None
+        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layers: range, *, first: int,
+        selection: Selection | None = None,
+    ) -> tuple[torch.Tensor, Selection]:  # fmt: skip
+        """What leaves ``layers``, and what the last one looked at; ``hidden_TD`` is changed.
+        ``first``: see cached.Run. ``selection``: to look at that again.
+        """
+        step = self._step(parts, first)._replace(looks_again=selection is not None)
         hidden = hidden_TD.numpy()
         for layer in layers:
             weights, rows = self._layers[layer]
             hidden, selection = decode_layer(hidden, step, weights, self._config, rows, selection)
-        return torch.from_numpy(hidden)
+        assert selection is not None
+        return torch.from_numpy(hidden), selection
+
+    def keep(
+        self, hidden_TD: torch.Tensor, parts: Sequence[Part], layer: int, *, first: int
+    ) -> None:
+        """What the cache holds of the tokens; any number of them."""
+        weights, rows = self._layers[layer]
+        keep(hidden_TD.numpy(), self._step(parts, first), weights, self._config, rows)
 
     def _step(self, parts: Sequence[Part], first: int) -> DecodeStep:
         longest = max(part.position + part.num_tokens for part in parts)

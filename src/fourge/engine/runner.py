@@ -23,10 +23,12 @@ from fourge.engine.pages import NOBODY, pages_for
 from fourge.engine.request import Chunk, Part, Request
 from fourge.engine.transfers import to_device
 from fourge.formats.cache_rows import PAGE_TOKENS
-from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer
+from fourge.models.cached import FEW_QUERIES, Run, Selections, Step, cached_layer, everything, keep
 from fourge.models.config import ModelConfig
+from fourge.models.decode import Selection as CompiledSelection
+from fourge.models.decode import norm
 from fourge.models.linear import linear
-from fourge.models.mtp import mtp_input, mtp_output
+from fourge.models.mtp import Norm, mtp_input, mtp_output
 from fourge.models.norm import rms_norm
 from fourge.models.rope import RopeTable, rope_table
 
@@ -36,11 +38,29 @@ from fourge.models.rope import RopeTable, rope_table
 Choose = Callable[[torch.Tensor, int], torch.Tensor]
 
 
+# What the MTP layer looked at for the tokens of some sequences, in the form of either way.
+Looked = CompiledSelection | Selections | None
+
+
 class Newest(NamedTuple):
     """Tokens of the step before that the device alone knows yet."""
 
     token_B: torch.Tensor
     rows: Mapping[Request, int]
+
+
+class Shown(NamedTuple):
+    """Tokens for the MTP layer, with the rows of the hidden states before them."""
+
+    tokens: list[int]
+    rows: list[int]
+    parts: list[Part]
+
+    def add(self, tokens: Sequence[int], rows: Sequence[int], part: Part) -> None:
+        if tokens:
+            self.tokens.extend(tokens)
+            self.rows.extend(rows)
+            self.parts.append(part)
 
 
 class Runner:
@@ -55,11 +75,18 @@ class Runner:
         self._dtype, self._device = dtype, weights.embedding.device
         self._rope = rope_table(config, num_positions, self._device)
         self._decoder: Decoder | None = None
+        self._norm: Norm = rms_norm
         if can_decode(weights, config, cache):
-            self._decoder = Decoder(weights, config, cache, self._rope)
+            self._decoder, self._norm = Decoder(weights, config, cache, self._rope), norm
         self._graphs: DecodeGraphs | None = None
+        self._draft_graphs: DecodeGraphs | None = None
         if self._device.type == "cuda" and not eager and weights.waits_for_nothing:
-            self._graphs = DecodeGraphs(self._decode, self._device)
+            none_TD = torch.empty(0, 0, device=self._device)
+            self._graphs = DecodeGraphs(self._decode, first=0, hidden=none_TD)
+            # What the first draft looked at would have to go from one graph to the next.
+            if len(cache.last_hidden_PD) and not config.index_share_for_mtp_iteration:
+                none_TD = torch.empty(0, config.hidden_size, dtype=dtype, device=self._device)
+                self._draft_graphs = DecodeGraphs(self._decode_draft, first=1, hidden=none_TD)
 
     def only_decodes(self, chunks: Sequence[Chunk]) -> bool:
         """Whether all of ``chunks`` go the fast way."""
@@ -99,7 +126,7 @@ class Runner:
         return torch.where(source_T < 0, token_T, newest.token_B[source_T.clamp(min=0)])
 
     def _final_norm(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        return rms_norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
+        return self._norm(hidden_TD, self._weights.norm, self._config.rms_norm_eps)
 
     def _decode(self, inputs: Inputs) -> torch.Tensor:
         """The target over tokens whose places lie on the device."""
@@ -108,7 +135,7 @@ class Runner:
         run = _placed(inputs.page_MP, position_MN, num_keys, start=0, first=0)
         hidden_TD = self._embed(inputs.token_MN.flatten())
         layers = range(self._config.num_hidden_layers)
-        return self._final_norm(self._reference(hidden_TD, self._join([run]), layers))
+        return self._final_norm(self._reference(hidden_TD, self._join([run]), layers)[0])
 
     def _replayed(self, token_T: torch.Tensor, chunks: Sequence[Chunk]) -> torch.Tensor | None:
         """A step in which everybody decodes, with equally many drafts."""
@@ -130,57 +157,109 @@ class Runner:
         chosen a new token. ``hidden_TD`` is target's result; requests are as after the choice.
         Returns int64 [B, K], or None where nobody drafts.
         """
-        parts, tokens, sources, lasts = [], [], [], []
-        row = 0
-        held = [self._cache.last_hidden_PD[:0]]
-        num_held = 0
-        drafting: list[Request] = []
+        held = [hidden_TD]
+        num_rows, row = len(hidden_TD), 0
+        shown, drafting = Shown([], [], []), Shown([], [], [])
+        requests: list[Request] = []
         for chunk in chunks:
-            request, begin, end = chunk.request, chunk.request.num_predicted, chunk.start + 1
-            stop = chunk.start + chunk.num_tokens + 1
-            if begin < end:  # the first token after a reused prefix
-                page = request.pages[chunk.start // PAGE_TOKENS - 1]
-                held.append(self._cache.last_hidden_PD[page : page + 1])
-                sources.append(len(hidden_TD) + num_held)
-                num_held += 1
-            sources += range(row, row + chunk.num_tokens)
+            request, begin = chunk.request, chunk.request.num_predicted
+            known = request.tokens[begin : chunk.start + chunk.num_tokens + 1]
+            rows = [row + token - chunk.start - 1 for token in range(begin, begin + len(known))]
             row += chunk.num_tokens
-            known = request.tokens[begin:stop]
-            # Places of drafts that did not stand: what they leave in the cache is written over.
-            tokens += known + [0] * (stop - begin - len(known))
-            if chunk.samples and request.finish_reason is None:
-                drafting.append(request)
-                lasts.append(sum(part.num_tokens for part in parts) + len(known) - 1)
-            parts.append(Part(request.pages, begin - 1, stop - begin))
+            if begin < chunk.start + 1:  # the first token after a reused prefix
+                page = request.pages[chunk.start // PAGE_TOKENS - 1]
+                held.append(self._cache.last_hidden_PD[page : page + 1].to(hidden_TD.dtype))
+                rows[0] = num_rows
+                num_rows += 1
             request.num_predicted = begin + len(known)
-        known_TD = torch.cat([hidden_TD, *(one.to(hidden_TD.dtype) for one in held)])
-        hidden_TD = self._mtp(tokens, known_TD[sources], parts)
-        if not drafting:
-            return None
-        return self._draft(drafting, hidden_TD[lasts], num_drafts, choose)
+            if chunk.samples and request.finish_reason is None:
+                drafting.add(known[-1:], rows[-1:], Part(request.pages, len(request.tokens) - 2, 1))
+                requests.append(request)
+                known, rows = known[:-1], rows[:-1]
+            shown.add(known, rows, Part(request.pages, begin - 1, len(known)))
+        known_TD = torch.cat(held) if len(held) > 1 else hidden_TD
+        if shown.tokens:
+            self._show(shown, known_TD)
+        return self._draft(drafting, known_TD, num_drafts, choose) if requests else None
+
+    def _given(self, shown: Shown, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens, and the hidden states before them."""
+        token_T, row_T = to_device(np.array([shown.tokens, shown.rows]), self._device)
+        return token_T, hidden_TD[row_T]
+
+    def _show(self, shown: Shown, hidden_TD: torch.Tensor) -> None:
+        """Keep tokens from which nobody drafts: of the one layer, its output is not needed."""
+        layer, weights = self._config.num_hidden_layers, self._weights.layers[-1]
+        joined_TD = self._mtp_input(*self._given(shown, hidden_TD))
+        if self._decoder is not None:
+            self._decoder.keep(joined_TD, shown.parts, layer, first=1)
+            return
+        step = self._step(shown.parts, first=1)
+        keep(joined_TD, step, weights, self._config, layer, self._cache)
 
     def _draft(
-        self, requests: Sequence[Request], hidden_BD: torch.Tensor, num_drafts: int, choose: Choose
+        self, drafting: Shown, hidden_TD: torch.Tensor, num_drafts: int, choose: Choose
     ) -> torch.Tensor:
-        """K drafts of each; the layer's own output is recycled, after its norm."""
+        """K drafts of each; the layer's own output is recycled, after its norm. With
+        ``index_share_for_mtp_iteration`` all drafts of a request look at what was selected for the
+        first one, and so not at each other (as in vllm 0.33, sglang 0.5.23).
+        """
         head = self._weights.layers[-1].get("shared_head.head.weight", self._weights.head)
-        drafts = []
+        token_B, hidden_BD = self._given(drafting, hidden_TD)
+        drafts: list[torch.Tensor] = []
+        looked: Looked = None
         for number in range(num_drafts):
-            drafts.append(choose(linear(hidden_BD, head).float(), number))
-            if number + 1 < num_drafts:
-                parts = [Part(one.pages, len(one.tokens) - 1 + number, 1) for one in requests]
-                hidden_BD = self._mtp(drafts[-1], hidden_BD, parts)
+            parts = [one._replace(position=one.position + number) for one in drafting.parts]
+            hidden_BD, found = self._mtp(token_B, hidden_BD, parts, looked)
+            if self._config.index_share_for_mtp_iteration:
+                looked = found
+            token_B = choose(linear(hidden_BD, head).float(), number)
+            drafts.append(token_B)
         return torch.stack(drafts, 1)
 
     def _mtp(
-        self, tokens: Sequence[int] | torch.Tensor, hidden_TD: torch.Tensor, parts: Sequence[Part]
-    ) -> torch.Tensor:
-        layer, weights = self._config.num_hidden_layers, self._weights.layers[-1]
+        self, token_B: torch.Tensor, hidden_BD: torch.Tensor, parts: Sequence[Part], looked: Looked
+    ) -> tuple[torch.Tensor, Looked]:
+        """The MTP layer over one token of each sequence. ``looked``: to look at that again."""
+        if self._draft_graphs is not None:
+            begins, pages = [one.position for one in parts], [one.pages for one in parts]
+            replayed_BD = self._draft_graphs.run(token_B, begins, pages, hidden_BD)
+            if replayed_BD is not None:
+                return replayed_BD, None
+        joined_BD = self._mtp_input(token_B, hidden_BD)
+        if self._decoder is not None:
+            assert looked is None or isinstance(looked, CompiledSelection)
+            layer = self._config.num_hidden_layers
+            joined_BD, looked = self._decoder.run(
+                joined_BD, parts, range(layer, layer + 1), first=1, selection=looked
+            )
+        else:
+            assert not isinstance(looked, CompiledSelection)
+            step = self._step(parts, first=1)
+            joined_BD, looked = self._reference_mtp(joined_BD, step, looked)
+            (run,), (selection,) = step.runs, looked
+            looked = [everything(run) if selection is None else selection]
+        return mtp_output(joined_BD, self._weights.layers[-1], self._config, self._norm), looked
+
+    def _reference_mtp(
+        self, joined_BD: torch.Tensor, step: Step, looked: Selections | None
+    ) -> tuple[torch.Tensor, Selections]:
+        layer = self._config.num_hidden_layers
+        return self._reference(joined_BD, step, range(layer, layer + 1), looked)
+
+    def _decode_draft(self, inputs: Inputs) -> torch.Tensor:
+        """The MTP layer over one token of each sequence, whose places lie on the device."""
+        num_keys = inputs.page_MP.shape[1] * PAGE_TOKENS - 1
+        run = _placed(inputs.page_MP, inputs.begin_M1, num_keys, start=0, first=1)
+        joined_BD = self._mtp_input(inputs.token_MN.flatten(), inputs.hidden_TD)
+        joined_BD, _ = self._reference_mtp(joined_BD, self._join([run]), None)
+        return mtp_output(joined_BD, self._weights.layers[-1], self._config, self._norm)
+
+    def _mtp_input(self, token_T: torch.Tensor, hidden_TD: torch.Tensor) -> torch.Tensor:
+        weights = self._weights.layers[-1]
         table = weights.get("embed_tokens.weight", self._weights.embedding)
-        embedding_TD = self._embed(torch.as_tensor(tokens, device=self._device), table)
-        joined_TD = mtp_input(hidden_TD, embedding_TD, weights, self._config)
-        joined_TD = self._layers(joined_TD, parts, range(layer, layer + 1), first=1)
-        return mtp_output(joined_TD, weights, self._config)
+        embedding_TD = self._embed(token_T, table)
+        return mtp_input(hidden_TD, embedding_TD, weights, self._config, self._norm)
 
     def _embed(self, token_T: torch.Tensor, table: torch.Tensor | None = None) -> torch.Tensor:
         table = self._weights.embedding if table is None else table
@@ -191,23 +270,28 @@ class Runner:
     ) -> torch.Tensor:
         """``first``: see Run. Sequences do not see each other: few tokens go the fast way."""
         if self._decoder is None:
-            return self._reference(hidden_TD, self._step(parts, first=first), layers)
+            return self._reference(hidden_TD, self._step(parts, first=first), layers)[0]
         few = list(takewhile(lambda part: part.num_tokens <= FEW_QUERIES, parts))
         rows, many, done = sum(part.num_tokens for part in few), parts[len(few) :], []
         if few:
-            done.append(self._decoder.run(hidden_TD[:rows], few, layers, first=first))
+            done.append(self._decoder.run(hidden_TD[:rows], few, layers, first=first)[0])
         if many:
-            done.append(self._reference(hidden_TD[rows:], self._step(many, first=first), layers))
+            step = self._step(many, first=first)
+            done.append(self._reference(hidden_TD[rows:], step, layers)[0])
         return torch.cat(done)
 
-    def _reference(self, hidden_TD: torch.Tensor, step: Step, layers: range) -> torch.Tensor:
-        selections: Selections = [None] * len(step.runs)
+    def _reference(
+        self, hidden_TD: torch.Tensor, step: Step, layers: range, looked: Selections | None = None
+    ) -> tuple[torch.Tensor, Selections]:
+        """``looked``: to look at that again."""
+        selections = [None] * len(step.runs) if looked is None else looked
+        step = step._replace(looks_again=looked is not None)
         for layer in layers:
             hidden_TD, selections = cached_layer(
                 hidden_TD, step, self._weights.layers[layer], self._config, layer, self._cache,
                 selections,
             )  # fmt: skip
-        return hidden_TD
+        return hidden_TD, selections
 
     def _step(self, parts: Sequence[Part], *, first: int) -> Step:
         """Neighbouring parts of one small size make a run; ``first``: see Run."""

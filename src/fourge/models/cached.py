@@ -70,6 +70,7 @@ class Step(NamedTuple):
     rope: RopeTable  # of the tokens' positions
     whole_rope: RopeTable  # of all positions
     runs: tuple[Run, ...]
+    looks_again: bool = False  # at what the selections say, in a layer with an indexer too
 
 
 class Selection(NamedTuple):
@@ -100,17 +101,16 @@ def cached_layer(
     cache: Cache,
     selections: Selections,
 ) -> tuple[torch.Tensor, Selections]:
-    """The whole layer; ``selections`` are those of the layer before, as a "shared" one needs them.
+    """The whole layer; ``selections`` are those of the layer before, as a "shared" one needs them,
+    or of the step before if this one looks again.
     Weights are in the compute dtype, those of the indexer's keys and head weights and of the router
     in float32; experts fused, or one by one.
     """
-    x_TD = rms_norm(hidden_TD, weights["input_layernorm.weight"], config.rms_norm_eps)
-    latents = mla.project(x_TD, weights, config, step.rope)
-    index = None
-    if config.has_indexer(layer):
-        index = dsa.project(x_TD, weights, config, step.rope)
+    latents, index = keep(hidden_TD, step, weights, config, layer, cache)
+    if step.looks_again:
+        index = None
+    elif index is not None:
         selections = [None] * len(step.runs)
-    cache.write(layer, step.slot_T, latents, None if index is None else index.key_MLI)
     here = _Layer(weights, config, layer, cache, step)
     out_TD = torch.empty_like(hidden_TD)
     chosen: list[Selection | torch.Tensor | None] = []
@@ -121,6 +121,24 @@ def cached_layer(
         chosen.append(selection)
         out_TD[run.rows] = _attend(query_TQ, run, selection, here)
     return _mlp(hidden_TD + out_TD, weights, config, layer), chosen
+
+
+def keep(
+    hidden_TD: torch.Tensor,
+    step: Step,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    layer: int,
+    cache: Cache,
+) -> tuple[mla.Latents, dsa.IndexInput | None]:
+    """What the cache holds of a step's tokens; all that is needed where nobody reads the layer's
+    output. Returns what was projected.
+    """
+    x_TD = rms_norm(hidden_TD, weights["input_layernorm.weight"], config.rms_norm_eps)
+    latents = mla.project(x_TD, weights, config, step.rope)
+    index = dsa.project(x_TD, weights, config, step.rope) if config.has_indexer(layer) else None
+    cache.write(layer, step.slot_T, latents, None if index is None else index.key_MLI)
+    return latents, index
 
 
 def _mlp(
@@ -175,6 +193,18 @@ def _selection(position_MNK: torch.Tensor, run: Run) -> Selection:
     return Selection(slot_TK, (position_MNK >= 0).flatten(0, 1))
 
 
+def everything(run: Run) -> Selection:
+    """What the queries of a run of few queries look at where nothing was selected."""
+    seen_MNS = _seen(run)
+    slot_MNS = run.slot_MS.unsqueeze(1).expand_as(seen_MNS)
+    return Selection(slot_MNS.flatten(0, 1), seen_MNS.flatten(0, 1))
+
+
+def _seen(run: Run) -> torch.Tensor:
+    place_S = torch.arange(run.slot_MS.shape[1], device=run.slot_MS.device)
+    return place_S <= run.position_MN.unsqueeze(-1)
+
+
 def _attend(
     query_TQ: torch.Tensor, run: Run, selection: Selection | torch.Tensor | None, here: _Layer
 ) -> torch.Tensor:
@@ -183,12 +213,9 @@ def _attend(
         return _attend_selected(query_TQ, run, selection, here)
     weights, config, step = here.weights, here.config, here.step
     if not _is_long(run):
-        place_S = torch.arange(run.slot_MS.shape[1], device=run.slot_MS.device)
-        seen_MNS = place_S <= run.position_MN.unsqueeze(-1)
         if _in_place(here):
-            slot_MNS = run.slot_MS.unsqueeze(1).expand_as(seen_MNS)
-            everything = Selection(slot_MNS.flatten(0, 1), seen_MNS.flatten(0, 1))
-            return _attend_selected(query_TQ, run, everything, here)
+            return _attend_selected(query_TQ, run, everything(run), here)
+        seen_MNS = _seen(run)
         key_MSX = here.cache.read_latents(here.number, run.slot_MS)
         rope = step.rope.rows(run.rows)
         return mla.attend_absorbed(query_TQ, key_MSX, seen_MNS, weights, config, rope)

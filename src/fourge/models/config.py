@@ -55,15 +55,15 @@ _USED = frozenset({
     "rope_parameters", "layer_types", "mlp_layer_types", "first_k_dense_replace",
     "intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_local_experts",
     "num_experts_per_tok", "n_shared_experts", "n_group", "topk_group", "norm_topk_prob",
-    "routed_scaling_factor", "num_nextn_predict_layers", *_FIXED
+    "routed_scaling_factor", "num_nextn_predict_layers", "index_share_for_mtp_iteration", *_FIXED
 })  # fmt: skip
 
 # Tokens, training, generation, parallelism, bookkeeping: they do not touch the forward pass.
 _HARMLESS = frozenset({
     "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "attention_dropout",
     "auto_map", "aux_loss_alpha", "bos_token_id", "chunk_size_feed_forward", "compression_config",
-    "dtype", "eos_token_id", "ep_size", "head_dim", "id2label", "index_share_for_mtp_iteration",
-    "initializer_range", "is_encoder_decoder", "label2id", "output_attentions",
+    "dtype", "eos_token_id", "ep_size", "head_dim", "id2label", "initializer_range",
+    "is_encoder_decoder", "label2id", "output_attentions",
     "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
     "problem_type", "quantization_config", "return_dict", "router_aux_loss_coef", "seq_aux",
     "torch_dtype", "transformers_version", "use_cache"
@@ -132,6 +132,7 @@ class ModelConfig:
     routed_scaling_factor: float
     # MTP
     num_nextn_predict_layers: int
+    index_share_for_mtp_iteration: bool  # drafts after the first look where the first one looked
     # Of config.json: keys that are neither used nor known to be harmless; sentences for the user
     unknown_keys: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -198,6 +199,8 @@ def from_dict(raw: Mapping[str, Any]) -> ModelConfig:
         norm_topk_prob=boolean(raw, "norm_topk_prob"),
         routed_scaling_factor=number(raw, "routed_scaling_factor"),
         num_nextn_predict_layers=integer(raw, "num_nextn_predict_layers", minimum=0, default=0),
+        index_share_for_mtp_iteration=uses_dsa
+        and boolean(raw, "index_share_for_mtp_iteration", default=False),
         unknown_keys=_unknown_keys(raw),
         warnings=_warnings(raw, num_layers),
     )

@@ -45,6 +45,7 @@ class DecodeStep(NamedTuple):
     longest: int  # positions up to the last
     cos_PR: Array
     sin_PR: Array
+    looks_again: bool = False  # as in cached.Step
 
 
 class Selection(NamedTuple):
@@ -124,9 +125,9 @@ def decode_layer(
     selection: Selection | None,
 ) -> tuple[Array, Selection]:
     """As cached.cached_layer; ``hidden_TD`` is changed and returned."""
-    eps, x_TD = np.float32(config.rms_norm_eps), np.empty_like(hidden_TD)
-    kernels.add_and_norm(hidden_TD, hidden_TD[:0], weights.input_norm, eps, x_TD)
-    attended_TD, selection = _attend(x_TD, step, weights, config, rows, selection)
+    eps = np.float32(config.rms_norm_eps)
+    attended_TD, selection = _attend(hidden_TD, step, weights, config, rows, selection)
+    x_TD = np.empty_like(hidden_TD)
     kernels.add_and_norm(hidden_TD, attended_TD, weights.post_norm, eps, x_TD)
     joint_TA = _product(x_TD, weights.mlp_DA)
     if len(weights.down_ID):
@@ -143,28 +144,48 @@ def _product(x_TD: Array, weight_DA: torch.Tensor) -> Array:
     return torch.mm(torch.from_numpy(x_TD), weight_DA).numpy()
 
 
+def norm(hidden_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """As norm.rms_norm."""
+    return torch.from_numpy(_norm(hidden_TD.numpy(), weight_D.numpy(), eps))
+
+
+def _norm(hidden_TD: Array, weight_D: Array, eps: float) -> Array:
+    x_TD = np.empty_like(hidden_TD)
+    kernels.add_and_norm(hidden_TD, hidden_TD[:0], weight_D, np.float32(eps), x_TD)
+    return x_TD
+
+
+def keep(
+    hidden_TD: Array, step: DecodeStep, weights: DecodeWeights, config: ModelConfig, rows: Rows
+) -> tuple[Array, Array]:
+    """As cached.keep: the joint product of the layer's input, and the query latent, normed."""
+    x_TD = _norm(hidden_TD, weights.input_norm, config.rms_norm_eps)
+    first_TA = _product(x_TD, weights.first_DA)
+    query_TQ, num_query = x_TD, weights.query_norm.size
+    if num_query:
+        query_TQ = np.empty((len(x_TD), num_query), np.float32)
+    kernels.keep(
+        first_TA, weights.query_norm, weights.latent_norm, np.float32(config.rms_norm_eps),
+        *weights.index_norm, step.position_T, step.cos_PR, step.sin_PR, config.rope_interleave,
+        config.indexer_rope_interleave, step.slot_T, *rows, query_TQ,
+    )  # fmt: skip
+    return first_TA, query_TQ
+
+
 def _attend(
-    x_TD: Array,
+    hidden_TD: Array,
     step: DecodeStep,
     weights: DecodeWeights,
     config: ModelConfig,
     rows: Rows,
     selection: Selection | None,
 ) -> tuple[Array, Selection]:
-    first_TA = _product(x_TD, weights.first_DA)
+    first_TA, query_TQ = keep(hidden_TD, step, weights, config, rows)
     ropes = step.position_T, step.cos_PR, step.sin_PR
-    query_TQ, num_query = x_TD, weights.query_norm.size
-    if num_query:
-        query_TQ = np.empty((len(x_TD), num_query), np.float32)
-    kernels.keep(
-        first_TA, weights.query_norm, weights.latent_norm, np.float32(config.rms_norm_eps),
-        *weights.index_norm, *ropes, config.rope_interleave, config.indexer_rope_interleave,
-        step.slot_T, *rows, query_TQ,
-    )  # fmt: skip
     query_TA = _product(query_TQ, weights.queries_QA)
-    if weights.index_norm[0].size or selection is None:
+    if selection is None or (weights.index_norm[0].size and not step.looks_again):
         selection = _select(first_TA, query_TA, step, weights, config, rows)
-    out_TA = np.empty((len(x_TD), len(weights.out_AD)), np.float32)
+    out_TA = np.empty((len(query_TA), len(weights.out_AD)), np.float32)
     scale = np.float32(config.qk_head_dim**-0.5 * softmax_factor(config.rope))
     kernels.attend(
         query_TA, *ropes, config.rope_interleave, *selection, rows.latents_ZX, weights.joint_OC,

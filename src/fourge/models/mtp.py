@@ -9,7 +9,7 @@ step takes as h: the norm is applied once. Follows vllm 0.33 and sglang 0.5.23, 
 zeroes the embedding at position 0 (it touches acceptance only; sglang does not).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -20,6 +20,8 @@ from fourge.models.norm import rms_norm
 from fourge.models.rope import RopeTable
 
 # T tokens of all sequences, D hidden
+
+Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
 def mtp_forward(
@@ -42,13 +44,14 @@ def mtp_input(
     next_embedding_TD: torch.Tensor,
     weights: Mapping[str, torch.Tensor],
     config: ModelConfig,
+    norm: Norm = rms_norm,
 ) -> torch.Tensor:
-    """r: what the decoder layer inside reads."""
+    """r: what the decoder layer inside reads. ``norm``: a faster twin."""
     eps = config.rms_norm_eps
     joint = torch.cat(
         [
-            rms_norm(next_embedding_TD, weights["enorm.weight"], eps),
-            rms_norm(hidden_TD, weights["hnorm.weight"], eps),
+            norm(next_embedding_TD, weights["enorm.weight"], eps),
+            norm(hidden_TD, weights["hnorm.weight"], eps),
         ],
         dim=-1,
     )
@@ -56,7 +59,10 @@ def mtp_input(
 
 
 def mtp_output(
-    out_TD: torch.Tensor, weights: Mapping[str, torch.Tensor], config: ModelConfig
+    out_TD: torch.Tensor,
+    weights: Mapping[str, torch.Tensor],
+    config: ModelConfig,
+    norm: Norm = rms_norm,
 ) -> torch.Tensor:
     """n, from what the decoder layer inside gives."""
-    return rms_norm(out_TD, weights["shared_head.norm.weight"], config.rms_norm_eps)
+    return norm(out_TD, weights["shared_head.norm.weight"], config.rms_norm_eps)

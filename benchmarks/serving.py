@@ -4,10 +4,11 @@
 
 1, 16 and 64 clients each ask, wait for the whole stream, and ask again. "bare": the same prompts
 through AsyncEngine in this process, nothing but tokens. "served": streams of chat completions from
-a `fourge serve` process; this process is the clients then, and shares the processor with it. Rounds
-of the two alternate. Prints one JSON document: for both requests/s, tokens/s, processor time a
-token (of the process with the engine; others on the machine disturb it less), the median and 99th
-percentile of the time between two tokens; and the overhead in requests/s and in processor time.
+`fourge serve`; this process is the clients then, and shares the processor with it. Rounds of the
+two alternate. Prints one JSON document: for both requests/s, tokens/s, processor time a token (of
+this process, or of the server and its engine's; others on the machine disturb it less), the median
+and 99th percentile of the time between two tokens; and the overhead in requests/s and in processor
+time.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,10 +27,9 @@ import psutil
 import torch
 from quantize_vs_modelopt import REPOSITORY, describe_run
 
-from fourge import SamplingParams
-from fourge.serve.preparing import Conversation, Sampling, chat_job
-from fourge.serve.run import Setup, load
-from fourge.serve.served import Served
+from fourge import LLM, SamplingParams
+from fourge.chat.template import normalise, render
+from fourge.engine.async_engine import AsyncEngine
 
 MODEL = REPOSITORY / "examples" / "tiny-glm"
 CLIENTS = (1, 16, 64)
@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    served = load(Setup(checkpoint=MODEL, engine=sizes()), lambda done, total: None)
+    llm = LLM(MODEL, device="cpu", max_num_seqs=SEQUENCES, enable_prefix_caching=False)
+    engine = AsyncEngine(llm.engine)
     process, url = start_server(options.threads)
     try:
         report = {
@@ -56,17 +57,16 @@ def main() -> None:
             "threads": options.threads,
             "rounds": options.rounds,
             "tokens": options.tokens,
-            "clients": [measure(served, url, process.pid, clients, options) for clients in CLIENTS],
+            "clients": [
+                measure(Bare(engine, llm), url, process.pid, clients, options)
+                for clients in CLIENTS
+            ],
         }
     finally:
         process.terminate()
         process.wait()
-        served.engine.close()
+        engine.close()
     print(json.dumps(report, indent=2))
-
-
-def sizes() -> dict[str, Any]:
-    return {"device": "cpu", "max_num_seqs": SEQUENCES, "enable_prefix_caching": False}
 
 
 def start_server(threads: int) -> tuple[subprocess.Popen, str]:
@@ -86,12 +86,13 @@ def start_server(threads: int) -> tuple[subprocess.Popen, str]:
 
 
 def measure(
-    served: Served, url: str, pid: int, clients: int, options: argparse.Namespace
+    bare: "Bare", url: str, pid: int, clients: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    ours, server = psutil.Process(), psutil.Process(pid)
+    server = psutil.Process(pid)
+    ours, theirs = [psutil.Process()], [server, *server.children()]
     ways: dict[str, Callable[[], Awaitable[dict[str, float]]]] = {
-        "bare": lambda: run(clients, lambda number: bare(served, number, options.tokens), ours),
-        "served": lambda: run(clients, lambda number: stream(url, number, options.tokens), server),
+        "bare": lambda: run(clients, lambda number: bare.tokens(number, options.tokens), ours),
+        "served": lambda: run(clients, lambda number: stream(url, number, options.tokens), theirs),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for number in range(options.rounds + 1):
@@ -114,8 +115,10 @@ def measure(
     }
 
 
-async def run(clients: int, tokens_of: Tokens, process: psutil.Process) -> dict[str, float]:
-    """Every client asks, reads to the end, and asks again. ``process`` has the engine."""
+async def run(
+    clients: int, tokens_of: Tokens, processes: Sequence[psutil.Process]
+) -> dict[str, float]:
+    """Every client asks, reads to the end, and asks again; ``processes`` do the work."""
     total = max(LEAST_REQUESTS, clients * REQUESTS_EACH)
     numbers = iter(range(total))
     gaps: list[float] = []
@@ -129,11 +132,11 @@ async def run(clients: int, tokens_of: Tokens, process: psutil.Process) -> dict[
                 (firsts if last == begun else gaps).append(now - last)
                 last = now
 
-    worked = sum(process.cpu_times()[:2])
+    worked = processor_s(processes)
     begun = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - begun
-    worked = sum(process.cpu_times()[:2]) - worked
+    worked = processor_s(processes) - worked
     ordered = sorted(gaps)
     return {
         "requests_per_s": total / seconds,
@@ -145,16 +148,28 @@ async def run(clients: int, tokens_of: Tokens, process: psutil.Process) -> dict[
     }
 
 
+def processor_s(processes: Sequence[psutil.Process]) -> float:
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+
 def question(number: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": f"Question {number}: " + "what do rivers carry? " * 8}]
 
 
-async def bare(served: Served, number: int, tokens: int) -> AsyncIterator[None]:
-    job = chat_job(served, Conversation(messages=question(number)), Sampling())
-    params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=number, logprobs=0)
-    async for progressed in served.engine.generate(job.prompts[0], params):
-        for _ in progressed.token_ids:
-            yield
+class Bare:
+    """The same prompts and tokens without a server."""
+
+    def __init__(self, engine: AsyncEngine, llm: LLM) -> None:
+        self._engine, self._llm = engine, llm
+
+    async def tokens(self, number: int, tokens: int) -> AsyncIterator[None]:
+        assert self._llm.tokenizer is not None
+        text = render(self._llm.tokenizer, normalise(question(number)), add_generation_prompt=True)
+        prompt = self._llm.tokens(text)
+        params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=number, logprobs=0)
+        async for update in self._engine.generate(prompt, params):
+            for _ in update.token_ids:
+                yield
 
 
 async def stream(url: str, number: int, tokens: int) -> AsyncIterator[None]:

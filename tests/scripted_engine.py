@@ -1,16 +1,14 @@
 """An engine that says what it is told, with the interface of AsyncEngine; for tests of serving."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from fourge.chat.tokens import load_tokenizer
-from fourge.engine.engine import Progressed
-from fourge.engine.params import Defaults, SamplingParams, resolved
-from fourge.engine.request import Request
+from fourge.engine.async_engine import Result, Spent, Update
+from fourge.engine.params import Defaults, SamplingParams, StructuredOutputs, resolved
 from fourge.serve.served import Served
 
 EOS = 2027  # <|endoftext|> of the example's tokenizer
@@ -26,39 +24,48 @@ class ScriptedEngine:
     scripts: list[list[int]]
     stride: int = 1
     pause_s: float = 0.0
+    compile_s: float = 0.0
     finish: str = "stop"
     prompts: list[list[int]] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
     under_way: int = 0
     is_alive: bool = True
 
-    async def generate(
-        self, prompt: Sequence[int], params: SamplingParams, request_id: str | None = None
-    ) -> AsyncGenerator[Progressed, None]:
+    def begin(
+        self, prompt: Sequence[int], params: SamplingParams, receive: Callable[[Result], None]
+    ) -> Callable[[], None]:
         script = self.scripts[len(self.prompts) % len(self.scripts)]
         self.prompts.append(list(prompt))
         self.params.append(params)
-        request = Request(
-            request_id=str(request_id), tokens=list(prompt), num_prompt=len(prompt),
-            max_length=4096, params=params, stop_tokens=frozenset({EOS}), seed=0, arrival=0,
-            arrived_s=monotonic(), num_cached=min(64, len(prompt)),
-        )  # fmt: skip
         tokens = [*script, EOS] if self.finish == "stop" else script
+        saying = asyncio.create_task(self._say(tokens, min(64, len(prompt)), receive))
+
+        def leave() -> None:
+            saying.cancel()
+
+        return leave
+
+    async def _say(
+        self, tokens: list[int], num_cached: int, receive: Callable[[Result], None]
+    ) -> None:
         self.under_way += 1
         try:
             for start in range(0, len(tokens), self.stride):
                 await asyncio.sleep(self.pause_s)
-                taken = tokens[start : start + self.stride]
-                request.tokens += taken
-                ends = start + self.stride >= len(tokens)
-                yield Progressed(request, taken, [], self.finish if ends else None)
+                end = start + self.stride
+                reason = self.finish if end >= len(tokens) else None
+                receive(Update(tokens[start:end], [], reason, Spent(num_cached=num_cached)))
         finally:
             self.under_way -= 1
+
+    async def compile(self, wanted: StructuredOutputs) -> None:
+        """Takes its time; it says what it says."""
+        await asyncio.sleep(self.compile_s)
 
     def stats(self) -> dict[str, Any]:
         counters = dict.fromkeys(
             ("prompt_tokens", "cached_prompt_tokens", "output_tokens", "preemptions", "drafts",
-             "draft_tokens", "accepted_tokens", "waiting"), 0,
+             "draft_tokens", "accepted_tokens", "waiting", "cache_tokens"), 0,
         )  # fmt: skip
         return counters | {"running": self.under_way, "cache_usage": 0.0}
 
@@ -76,7 +83,6 @@ def scripted(folder: Path, *texts: str, **options: Any) -> tuple[Served, Scripte
         tokenizer=tokenizer,
         engine=engine,
         check=lambda prompt, params: resolved(params, defaults, 2048),
-        compile_grammar=lambda wanted: None,
         vocab_size=2048,
         max_model_len=4096,
         max_num_seqs=8,

@@ -36,6 +36,7 @@ def running(
         service.begin_serving(served)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # whoever comes before uvicorn does waits for it
         config = uvicorn.Config(
             create_app(service), log_config=None, access_log=False, lifespan="off",
             timeout_graceful_shutdown=1,

@@ -163,3 +163,53 @@ def test_strings_keep_their_letters_but_for_halves_of_one():
 def test_strict_json_refuses_what_is_none(text):
     with pytest.raises(ValueError, match="is no JSON"):
         strict_json(text)
+
+
+UNITS = {"enum": ["celsius", " kelvin", ""]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "strings"),
+    [
+        (UNITS, {"celsius", " kelvin", ""}),
+        ({"type": "string", "const": "a"}, {"a"}),
+        ({"$ref": "#/$defs/unit"}, {"celsius", " kelvin", ""}),
+        ({"anyOf": [{"$ref": "#/$defs/unit"}, NULL]}, {"celsius", " kelvin", ""}),
+        ({"anyOf": [{"enum": ["a"]}, {"const": "b"}, INTEGER]}, {"a", "b"}),
+        ({"allOf": [STRING, {"enum": ["a", "b"]}, {"enum": ["b", 1]}]}, {"b"}),
+        ({"anyOf": [UNITS, STRING]}, set()),
+        ({"anyOf": [UNITS, {}]}, set()),
+        ({"enum": [1, 2]}, set()),
+        (STRING, set()),
+        ({"$ref": "#/$defs/itself"}, set()),
+        ({"anyOf": [{"$ref": "#/$defs/twice"}] * 2}, {"a"}),
+        ({"enum": "no", "$ref": 7}, set()),
+        (True, set()),
+    ],
+)
+def test_enumerated_strings_of_a_schema(schema, strings):
+    definitions = {"unit": UNITS, "itself": {"$ref": "#/$defs/itself"}, "twice0": {"enum": ["a"]}}
+    for number in range(64):  # read once each, or this would not end
+        definitions[f"twice{number + 1}"] = {"oneOf": [{"$ref": f"#/$defs/twice{number}"}] * 2}
+    definitions["twice"] = definitions["twice64"]
+    parameters = {"properties": {"x": schema}, "$defs": definitions}
+    assert read_parameters(parameters).strings("x") == strings
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (" celsius\n", "celsius"),
+        ("celsius", "celsius"),
+        (" kelvin", " kelvin"),
+        ("kelvin ", "kelvin "),  # not one of them, however it is stripped
+        ("  ", ""),
+        (" furlong ", " furlong "),
+        ("Celsius ", "Celsius "),
+    ],
+)
+@pytest.mark.parametrize("schema", [UNITS, {"anyOf": [UNITS, NULL]}])
+def test_white_space_around_an_enumerated_string_is_none_of_it(schema, text, value):
+    parameters = read_parameters({"properties": {"x": schema}})
+    found = convert(text, parameters.kinds("x"), parameters.strings("x"))
+    assert json.loads(found) == value

@@ -231,3 +231,21 @@ def test_a_natural_stop_after_a_call_is_tool_calls(reason, num_calls, told):
 )
 def test_the_prompt_tells_whether_thinking_is_open(prompt, thinking):
     assert leaves_thinking_open(prompt) is thinking
+
+
+def test_an_enumerated_string_waits_for_its_end_and_loses_its_blanks():
+    """Grammars of xgrammar's let blanks come around it; a string of any kind keeps them."""
+    properties = {"unit": {"enum": ["celsius", "kelvin"]}, "city": {"type": "string"}}
+    tools = [
+        {"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}
+    ]
+    text = (
+        "</think><tool_call>f<arg_key>unit</arg_key><arg_value> celsius\n</arg_value>"
+        "<arg_key>city</arg_key><arg_value> Paris </arg_value></tool_call>"
+    )
+    for at in range(len(text)):
+        message, _ = parse(OutputParser(tools), [(text[:at], None), (text[at:], None)])
+        assert summary(message)[2] == [("f", '{"unit": "celsius", "city": " Paris "}')]
+    cut = text[: text.index("sius")]
+    message, _ = parse(OutputParser(tools), [(letter, None) for letter in cut], "length")
+    assert summary(message)[2] == [("f", "{")]  # half of a value would be none of them

@@ -1,6 +1,7 @@
 """`fourge serve` and `fourge chat` as a user runs them: whole processes."""
 
 import fcntl
+import inspect
 import json
 import os
 import pty
@@ -14,11 +15,15 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 
+from fourge.cli import serve as serve_verb
+from fourge.engine.options import EngineOptions
 from fourge_process import run, run_fresh
 from scripted_engine import scripted
 from serving import running
@@ -85,6 +90,27 @@ def test_what_cannot_be_served_is_said_in_a_sentence(
     assert done.status == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_every_option_of_the_engine_can_be_given():
+    parameters = inspect.signature(serve_verb.serve).parameters
+    assert set(serve_verb._OF_ENGINE.values()) <= set(parameters)
+    known = {one.name for one in fields(EngineOptions)}
+    assert {*serve_verb._OF_ENGINE, "hf_overrides"} == known
+
+
+def test_a_server_that_is_stopped_while_it_loads_does_not_load_to_the_end(tiny_glm: Path):
+    process = subprocess.Popen(
+        [*FOURGE, "serve", str(tiny_glm), "--port", "0"], stderr=subprocess.PIPE, text=True
+    )
+    while not (children := psutil.Process(process.pid).children()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert said.splitlines()[-1] == "stopped"
+    assert "serving" not in said
+    assert not any(child.is_running() for child in children)
 
 
 def test_a_taken_port_costs_no_loading(tiny_glm: Path):

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_a_step_that_fails_as_a_whole_ends_those_that_ran(
     assert engine.stats()["cache_usage"] == 0
 
 
-def test_streams_of_a_server_end_and_abort(model: Path) -> None:
+def test_streams_of_a_server_end_and_are_left(model: Path) -> None:
     prompts = [random_tokens(number + 3, number) for number in range(5)]
     expected = outputs(serve(Engine(model, **SMALL), prompts, greedy(max_tokens=30)))
 
@@ -204,20 +205,22 @@ def test_streams_of_a_server_end_and_abort(model: Path) -> None:
         tokens: list[int] = []
         reason = None
         params = greedy(max_tokens=30 if number < 4 else 3000)
-        async for progressed in engine.generate(prompts[number], params, str(number)):
-            tokens += progressed.token_ids
-            reason = progressed.finish_reason
-            if number == 4 and len(tokens) >= 30:
-                engine.abort("4")
+        async with aclosing(engine.generate(prompts[number], params)) as updates:
+            async for update in updates:
+                tokens += update.token_ids
+                reason = update.finish_reason
+                if number == 4 and len(tokens) >= 30:
+                    break
         return tokens, reason
 
     async def together(engine: AsyncEngine) -> Any:
         return await asyncio.gather(*(collect(engine, number) for number in range(5)))
 
     with AsyncEngine(Engine(model, **FLYING)) as engine:
-        *others, aborted = asyncio.run(together(engine))
+        *others, left = asyncio.run(together(engine))
         assert others == [(tokens, "length") for tokens in expected[:4]]
-        assert (aborted[0][:30], aborted[1]) == (expected[4], "abort")
+        assert (left[0][:30], left[1]) == (expected[4], None)
+        asyncio.run(collect(engine, 0))  # in whose time the other one ended
         assert engine.stats()["cache_usage"] == 0
 
 

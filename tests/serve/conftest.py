@@ -13,9 +13,10 @@ from fourge.serve.run import Setup, load
 from serving import Running, running
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
-    """Products of tiny models are over before a second thread has begun."""
+    """Products of tiny models are over before a second thread has begun; the engine's process has
+    as many."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,7 +24,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def server(tiny_glm: Path) -> Iterator[Running]:
+def server(tiny_glm: Path, one_thread: None) -> Iterator[Running]:
     setup = Setup(
         checkpoint=tiny_glm,
         names=("tiny-glm", "claude-small"),

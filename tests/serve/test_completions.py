@@ -7,6 +7,8 @@ import httpx2
 import openai
 import pytest
 
+from serving import Running
+
 PROMPT = "The river runs through"
 
 
@@ -117,6 +119,18 @@ def test_metrics_count_what_was_done(client: openai.OpenAI, http: httpx2.Client)
     ]
     assert sum(positions) == after["fourge:spec_decode_num_accepted_tokens_total"]
     assert after["fourge:spec_decode_position_0_alarm"] in (0, 1)
+    phases = ("queue", "prefill", "decode", "inference")
+    assert [grown(f"fourge:request_{one}_time_seconds_count") for one in phases] == [1] * 4
+    queue, prefill, decode, inference = (
+        grown(f"fourge:request_{one}_time_seconds_sum") for one in phases
+    )
+    assert prefill + decode == pytest.approx(inference)
+    assert min(queue, prefill, decode) > 0
+    assert queue + inference < grown("fourge:e2e_request_latency_seconds_sum")
+    assert grown("fourge:request_time_per_output_token_seconds_sum") == pytest.approx(decode / 6)
+    (cache,) = [name for name in after if name.startswith("fourge:cache_config_info")]
+    assert 'block_size="64"' in cache
+    assert 'cache_tokens="16384"' in cache
 
 
 def test_the_server_tells_what_it_is(http: httpx2.Client):
@@ -127,3 +141,24 @@ def test_the_server_tells_what_it_is(http: httpx2.Client):
     assert info["sampling_defaults"]["top_p"] == 0.95  # of generation_config.json
     assert http.get("/version").json()["version"] == info["version"]
     assert http.get("/health").status_code == http.get("/ready").status_code == 200
+
+
+def test_words_that_may_not_come_and_tokens_that_may(http: httpx2.Client, server: Running):
+    """Greedy, so that what is forbidden would come."""
+    body = {"model": "tiny-glm", "prompt": "The river", "max_tokens": 12, "temperature": 0}
+
+    def text_of(**changes: Any) -> str:
+        answer = http.post("/v1/completions", json=body | changes)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    free = text_of()
+    words = free.split()[:3]
+    without = text_of(bad_words=words)
+    assert not set(words) & set(without.split())
+    tokenizer = server.service.served.tokenizer
+    allowed = tokenizer.encode(" a b")
+    tokens = tokenizer.encode(text_of(allowed_token_ids=allowed, ignore_eos=True))
+    assert set(tokens) <= set(allowed)
+    refused = http.post("/v1/completions", json=body | {"bad_words": ["a", " "]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "bad_words.1")

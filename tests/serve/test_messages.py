@@ -150,6 +150,14 @@ def test_thinking_is_off_unless_it_is_asked_for(
     assert [block.type for block in hidden.content] == ["text"]
 
 
+def test_clients_know_the_id_of_a_request(claude: anthropic.Anthropic):
+    message = claude.messages.create(**ASK, extra_headers={"X-Request-Id": "mine-2"})
+    assert message._request_id == "mine-2"
+    with pytest.raises(anthropic.NotFoundError) as caught:
+        claude.messages.create(**ASK | {"model": "other"})
+    assert caught.value.request_id == caught.value.body["request_id"]  # type: ignore[index]
+
+
 def test_tokens_are_counted_as_they_are_read(
     claude: anthropic.Anthropic, speaking: tuple[Running, ScriptedEngine]
 ):

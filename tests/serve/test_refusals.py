@@ -52,6 +52,13 @@ def ask(strict: tuple[Running, ScriptedEngine]) -> Iterator[httpx2.Client]:
         ({"max_tokenz": 5}, "max_tokenz", "did you mean max_tokens?"),
         ({"best_of": 2}, "best_of", "not supported by this server"),
         ({"stream_options": {"usage": True}}, "stream_options.usage", "not a field"),
+        (
+            {"stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "False",
+        ),
+        ({"max_output_tokens": 5}, "max_output_tokens", "did you mean max_tokens?"),
+        ({"verbosity": "low"}, "verbosity", "leave it out"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"temperature": 1000}, None, "temperature is 1000"),
         ({"n": 0}, "n", "greater than or equal to 1"),

@@ -69,6 +69,17 @@ def test_a_stream_adds_up_to_the_response(codex: openai.OpenAI):
         assert types.count(f"response.{kind}") == 4  # type: ignore[arg-type]
 
 
+def test_an_answer_goes_back_with_the_nulls_of_its_client(codex: openai.OpenAI):
+    first = codex.responses.create(model="glm", input="Hi", tools=TOOLS)
+    items: Any = [{"role": "user", "content": "Hi"}, *(one.model_dump() for one in first.output)]
+    items += [
+        {"type": "function_call_output", "call_id": one["call_id"], "output": "done"}
+        for one in items
+        if one.get("type") == "function_call"
+    ]
+    assert codex.responses.create(model="glm", input=items, tools=TOOLS).status == "completed"
+
+
 def test_an_answer_goes_back_as_it_came(
     codex: openai.OpenAI, speaking: tuple[Running, ScriptedEngine]
 ):

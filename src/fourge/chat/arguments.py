@@ -10,11 +10,13 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 # JSON schema types that a value may have; None = any.
 Kinds = frozenset[str] | None
+# Strings that a value is one of, if it is a string; None = any.
+Strings = frozenset[str] | None
 STRING = frozenset({"string"})
 
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
@@ -27,14 +29,21 @@ _UNREADABLE = (ValueError, TypeError, SyntaxError, KeyError, RecursionError, Mem
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What a tool's schema says of its arguments: kinds by name, and of those it does not name."""
+    """What a tool's schema says of its arguments: kinds by name, and of those it does not name;
+    and the strings that may stand where no other may.
+    """
 
     named: dict[str, Kinds]
     others: Kinds = None
+    enumerated: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def kinds(self, key: str) -> Kinds:
         """The kinds that the argument may have."""
         return self.named.get(key, self.others)
+
+    def strings(self, key: str) -> frozenset[str]:
+        """The strings that the argument is one of; empty if it may be any."""
+        return self.enumerated.get(key, frozenset())
 
 
 def read_parameters(parameters: object) -> Parameters:
@@ -48,9 +57,11 @@ def read_parameters(parameters: object) -> Parameters:
     try:
         kinds = {key: _kinds(schema, root, memo) for key, schema in properties.items()}
         others = _kinds(root.get("additionalProperties"), root, memo)
+        seen: dict[str, Strings] = {}
+        found = {key: _strings(schema, root, seen) for key, schema in properties.items()}
     except RecursionError:
         return Parameters(dict.fromkeys(properties), None)
-    return Parameters(kinds, others)
+    return Parameters(kinds, others, {key: strings for key, strings in found.items() if strings})
 
 
 def dump(value: object) -> str:
@@ -68,13 +79,16 @@ def strict_json(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-def convert(text: str, kinds: Kinds) -> str:
+def convert(text: str, kinds: Kinds, strings: frozenset[str] = frozenset()) -> str:
     """The JSON of an argument that the model wrote as ``text``.
 
-    string: as it is. Other kinds: JSON, else true/false/null/none in any case, else a Python
+    string: as it is, but without the white space around one of ``strings`` (xgrammar's grammars
+    let it come). Other kinds: JSON, else true/false/null/none in any case, else a Python
     container. string or others: JSON if its kind is admitted. Any: JSON if nothing is lost by it.
     Everything else is a string.
     """
+    if text not in strings and text.strip() in strings:
+        text = text.strip()
     try:
         if kinds is None:
             return _convert_lossless(text)
@@ -170,17 +184,48 @@ def _own_kinds(schema: Mapping[str, Any]) -> Kinds:
 
 
 def _referred(ref: object, root: Mapping[str, Any], memo: dict[str, Kinds]) -> Kinds:
-    """A reference within the schema (#/$defs/Name); any other allows anything, as does a cycle."""
-    if not isinstance(ref, str) or not ref.startswith("#"):
+    """Of what a reference points to; a cycle allows anything."""
+    if not isinstance(ref, str):
         return None
     if ref not in memo:
         memo[ref] = None
-        target: object = root
-        for part in ref[1:].split("/")[1:]:
-            name = part.replace("~1", "/").replace("~0", "~")
-            target = target.get(name) if isinstance(target, Mapping) else None
-        memo[ref] = _kinds(target, root, memo)
+        memo[ref] = _kinds(_target(ref, root), root, memo)
     return memo[ref]
+
+
+def _strings(schema: object, root: Mapping[str, Any], memo: dict[str, Strings]) -> Strings:
+    """The strings that a schema enumerates; ``memo`` as of _kinds."""
+    if not isinstance(schema, Mapping):
+        return None
+    kinds = _own_kinds(schema)
+    if kinds is not None and "string" not in kinds:
+        return frozenset()
+    own = [schema["const"]] if "const" in schema else _list(schema.get("enum"))
+    found: list[Strings] = [frozenset(one for one in own if isinstance(one, str))] if own else []
+    ref = schema.get("$ref")
+    if isinstance(ref, str):
+        if ref not in memo:
+            memo[ref] = None
+            memo[ref] = _strings(_target(ref, root), root, memo)
+        found.append(memo[ref])
+    found += [_strings(part, root, memo) for part in _list(schema.get("allOf"))]
+    for key in ("anyOf", "oneOf"):
+        branches = [_strings(branch, root, memo) for branch in _list(schema.get(key))]
+        if branches and None not in branches:
+            found.append(frozenset[str]().union(*(strings for strings in branches if strings)))
+    bounds = [strings for strings in found if strings is not None]
+    return frozenset.intersection(*bounds) if bounds else None
+
+
+def _target(ref: object, root: Mapping[str, Any]) -> object:
+    """What a reference within the schema (#/$defs/Name) points to; None: nothing, or elsewhere."""
+    if not isinstance(ref, str) or not ref.startswith("#"):
+        return None
+    target: object = root
+    for part in ref[1:].split("/")[1:]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        target = target.get(name) if isinstance(target, Mapping) else None
+    return target
 
 
 def _list(value: object) -> list[Any]:

@@ -185,7 +185,7 @@ class ArgumentsParser:
         if self._dropped or self._streams():
             return ""
         before, self._owed = self._before_value(), ""
-        return before + convert(value, self._kinds())
+        return before + convert(value, self._kinds(), self._parameters.strings(self._key))
 
     def _before_value(self) -> str:
         separator = ", " if self._keys else ""
@@ -193,7 +193,12 @@ class ArgumentsParser:
         return f"{self._owed}{separator}{dump(self._key)}: "
 
     def _streams(self) -> bool:
-        return not self._dropped and self._kinds() == STRING
+        """Whether the value is sent as it comes: it is a string, and any may come."""
+        return (
+            not self._dropped
+            and self._kinds() == STRING
+            and not self._parameters.strings(self._key)
+        )
 
     def _kinds(self) -> Kinds:
         return self._parameters.kinds(self._key)

@@ -97,6 +97,14 @@ Rejection = Annotated[
     Literal["standard", "block"],
     typer.Option("--rejection-sample-method", help="How drafts are judged."),
 ]
+Eager = Annotated[bool, typer.Option("--enforce-eager", help="No CUDA graphs.")]
+AsyncScheduling = Annotated[
+    bool | None,
+    typer.Option(
+        "--async-scheduling/--no-async-scheduling",
+        help="Launch a step before the last one's tokens are known. Default: on a GPU, no drafts.",
+    ),
+]
 Overrides = Annotated[str | None, typer.Option(metavar="JSON", help="Over config.json.")]
 Seed = Annotated[int | None, typer.Option(help="Of requests that bring none. Default: random.")]
 MaxMessages = Annotated[int, typer.Option(min=1, help="Of a request.")]
@@ -111,6 +119,16 @@ DrainTimeout = Annotated[
 
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+# option of the engine -> parameter of the verb
+_OF_ENGINE = {
+    "device": "device", "dtype": "dtype", "max_model_len": "model_length",
+    "max_num_seqs": "sequences", "max_num_batched_tokens": "batched_tokens",
+    "gpu_memory_utilization": "utilization", "cache_tokens": "cache_tokens",
+    "kv_cache_dtype": "cache_dtype", "enable_prefix_caching": "prefix_caching",
+    "enforce_eager": "enforce_eager", "async_scheduling": "async_scheduling",
+    "num_speculative_tokens": "drafts", "draft_sample_method": "draft_sampling",
+    "rejection_sample_method": "rejection", "seed": "seed",
+}  # fmt: skip
 # What another engine is told; the other options are the embedded engine's.
 _HANDED_OVER = {
     "context", "checkpoint", "engine", "hardware", "served_model_name", "host", "port", "api_key",
@@ -141,6 +159,8 @@ def serve(
     drafts: Drafts = 0,
     draft_sampling: DraftSampling = "probabilistic",
     rejection: Rejection = "standard",
+    enforce_eager: Eager = False,
+    async_scheduling: AsyncScheduling = None,
     hf_overrides: Overrides = None,
     seed: Seed = None,
     max_body: MaxBody = 32 << 20,
@@ -167,15 +187,7 @@ def serve(
         max_body_bytes=max_body, max_messages=max_messages, max_choices=max_choices,
         max_waiting=max_waiting, request_timeout_s=request_timeout, drain_s=drain_timeout,
     )  # fmt: skip
-    chosen = {
-        "device": device, "dtype": dtype, "max_model_len": model_length,
-        "max_num_seqs": sequences, "max_num_batched_tokens": batched_tokens,
-        "gpu_memory_utilization": utilization, "cache_tokens": cache_tokens,
-        "kv_cache_dtype": cache_dtype, "enable_prefix_caching": prefix_caching,
-        "num_speculative_tokens": drafts, "draft_sample_method": draft_sampling,
-        "rejection_sample_method": rejection, "seed": seed,
-        "hf_overrides": _object("--hf-overrides", hf_overrides),
-    }  # fmt: skip
+    chosen = {name: context.params[own] for name, own in _OF_ENGINE.items()}
     setup = Setup(
         checkpoint=checkpoint,
         names=tuple(served_model_name or ()),
@@ -185,7 +197,7 @@ def serve(
         limits=limits,
         preferred=_object("--preferred-sampling-params", preferred),
         template_options=_object("--chat-template-kwargs", template_options),
-        engine=chosen,
+        engine=chosen | {"hf_overrides": _object("--hf-overrides", hf_overrides)},
     )
     _run(run, setup, checkpoint)
 

@@ -31,12 +31,12 @@ from fourge.engine.loader import Loader, OnProgress, stored_bytes
 from fourge.engine.options import EngineOptions, engine_options, resolve
 from fourge.engine.pages import PagePool
 from fourge.engine.params import (
+    Bounds,
     Defaults,
     SamplingParams,
     StructuredOutputs,
-    is_token,
+    checked,
     read_defaults,
-    resolved,
 )
 from fourge.engine.request import Chunk, Matcher, Request
 from fourge.engine.runner import Runner
@@ -108,6 +108,12 @@ class Engine:
             lookahead=self.sizes.lookahead,
             reuse_prefixes=self.options.enable_prefix_caching,
         )
+        self.bounds = Bounds(
+            vocab_size=self.config.vocab_size,
+            max_model_len=self.sizes.max_model_len,
+            defaults=self.defaults,
+            has_grammars=compile_grammar is not None,
+        )
         self._requests: dict[str, Request] = {}
         self._arrivals = 0
         self._in_flight: Flight | None = None
@@ -122,21 +128,7 @@ class Engine:
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> SamplingParams:
         """``params`` with the checkpoint's defaults. RequestError: it could not be served."""
-        vocab = self.config.vocab_size
-        if not prompt:
-            raise RequestError("the prompt is empty: give at least one token.")
-        for token in prompt:
-            if not is_token(token, vocab):
-                raise RequestError(f"the prompt has {token!r}; tokens are 0 to {vocab - 1}.")
-        longest = self.sizes.max_model_len - 1
-        if len(prompt) > longest:
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens; with one more to generate at most {longest}"
-                f" fit (max_model_len {self.sizes.max_model_len}): shorten it."
-            )
-        if params.structured_outputs is not None and self._compile_grammar is None:
-            raise RequestError("structured_outputs need a tokenizer, and this engine has none.")
-        return resolved(params, self.defaults, vocab)
+        return checked(prompt, params, self.bounds)
 
     def add(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> Request:
         """Let a request wait for its turn. RequestError: it could not be served."""

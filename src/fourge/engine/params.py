@@ -76,6 +76,16 @@ class Defaults:
     eos_token_ids: frozenset[int] = frozenset()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """What every request has to keep to, and what it gets where it says nothing."""
+
+    vocab_size: int
+    max_model_len: int
+    defaults: Defaults
+    has_grammars: bool
+
+
 def read_defaults(generation: Mapping[str, Any], config: Mapping[str, Any]) -> Defaults:
     """From generation_config.json (may be empty) and config.json."""
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
@@ -88,6 +98,25 @@ def read_defaults(generation: Mapping[str, Any], config: Mapping[str, Any]) -> D
     if generation.get("do_sample") is False:
         found["temperature"] = 0.0
     return Defaults(**found, eos_token_ids=frozenset(ids))
+
+
+def checked(prompt: Sequence[int], params: SamplingParams, bounds: Bounds) -> SamplingParams:
+    """``params`` with nothing open. RequestError: an engine of these bounds could not serve it."""
+    vocab = bounds.vocab_size
+    if not prompt:
+        raise RequestError("the prompt is empty: give at least one token.")
+    for token in prompt:
+        if not is_token(token, vocab):
+            raise RequestError(f"the prompt has {token!r}; tokens are 0 to {vocab - 1}.")
+    longest = bounds.max_model_len - 1
+    if len(prompt) > longest:
+        raise RequestError(
+            f"the prompt has {len(prompt)} tokens; with one more to generate at most {longest} fit"
+            f" (max_model_len {bounds.max_model_len}): shorten it."
+        )
+    if params.structured_outputs is not None and not bounds.has_grammars:
+        raise RequestError("structured_outputs need a tokenizer, and this engine has none.")
+    return resolved(params, bounds.defaults, vocab)
 
 
 def resolved(params: SamplingParams, defaults: Defaults, vocab_size: int) -> SamplingParams:

@@ -69,6 +69,7 @@ class Request:
     num_preemptions: int = 0
     drafted: int = 0
     accepted: int = 0
+    scheduled_s: float | None = None  # when it was let in first
     first_token_s: float | None = None
 
     @property

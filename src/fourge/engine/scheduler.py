@@ -9,6 +9,7 @@ counts like any other; a request that ends with it, by length, takes no part any
 """
 
 from bisect import insort
+from time import monotonic
 
 from fourge.engine.pages import PagePool, first_digest, next_digest, pages_for
 from fourge.engine.request import Chunk, Request
@@ -127,6 +128,7 @@ class Scheduler:
         request.num_published = len(known)
         if not request.num_preemptions:
             request.num_cached = request.num_computed
+            request.scheduled_s = monotonic()
         return True
 
     def _known_prefix(self, request: Request) -> list[int]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fourge.chat.deltas import Delta, merged, resolve_finish_reason
 from fourge.chat.output import OutputParser
 from fourge.chat.tokens import Detokenizer
-from fourge.engine.engine import Progressed
+from fourge.engine.async_engine import Update
 from fourge.engine.request import TokenLogprobs
 from fourge.serve.preparing import Job
 from fourge.serve.served import Served
@@ -41,7 +41,6 @@ class Answer:
         self._served = served
         self._detokenizer = Detokenizer(served.tokenizer)
         self._stops = StopStrings(job.sampling.stop, include=job.sampling.include_stop)
-        self._prompt_logprobs_are_due = self.params.prompt_logprobs is not None
         parsing = job.parsing
         self.parser = parsing and OutputParser(
             parsing.tools,
@@ -57,27 +56,27 @@ class Answer:
         """Whether a stop string was found: what the engine still gives is of no use."""
         return self._stops.found is not None
 
-    def take(self, progressed: Progressed) -> Step:
+    def take(self, update: Update) -> Step:
         """The next step; its finish_reason says whether it is the last."""
         deltas: list[Delta] = []
         taken = 0
-        for token in progressed.token_ids:
+        for token in update.token_ids:
             taken += 1
-            ends = progressed.finish_reason == "stop" and taken == len(progressed.token_ids)
+            ends = update.finish_reason == "stop" and taken == len(update.token_ids)
             early = self.num_tokens + taken < self.params.min_tokens
             found = self._read(token, ends=ends)
             deltas += found if early else self._cut(found)
             if self.stopped:
                 break
-        reason, stop_reason = progressed.finish_reason, None
+        reason, stop_reason = update.finish_reason, None
         if self.stopped:
             reason, stop_reason = "stop", self._stops.found
         elif reason is not None:
             deltas += self._cut(self._finish(reason))
             if self.stopped:  # by the last held-back text
                 reason, stop_reason = "stop", self._stops.found
-            elif reason == "stop" and progressed.token_ids[-1] in self.params.stop_token_ids:
-                stop_reason = progressed.token_ids[-1]
+            elif reason == "stop" and update.token_ids[-1] in self.params.stop_token_ids:
+                stop_reason = update.token_ids[-1]
         if reason is not None:
             deltas += [Delta(content=text)] if (text := self._stops.finish()) else []
             reason = resolve_finish_reason(reason, self.parser.num_calls if self.parser else 0)
@@ -85,9 +84,9 @@ class Answer:
         return Step(
             index=self.index,
             deltas=merged(deltas),
-            token_ids=progressed.token_ids[:taken],
-            logprobs=progressed.logprobs[:taken],
-            prompt_logprobs=self._prompt_logprobs(progressed),
+            token_ids=update.token_ids[:taken],
+            logprobs=update.logprobs[:taken],
+            prompt_logprobs=update.prompt_logprobs,
             finish_reason=reason,
             stop_reason=stop_reason,
         )
@@ -122,9 +121,3 @@ class Answer:
                 yield delta
             elif text := self._stops.feed(delta.content):
                 yield Delta(content=text)
-
-    def _prompt_logprobs(self, progressed: Progressed) -> list[TokenLogprobs | None] | None:
-        if not self._prompt_logprobs_are_due:
-            return None
-        self._prompt_logprobs_are_due = False
-        return list(progressed.request.prompt_logprobs)

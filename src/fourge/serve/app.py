@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 from fourge import __version__
 from fourge.errors import FourgeError
 from fourge.serve import chat, chat_page, completions, messages, responses, status, tokens
+from fourge.serve.bodies import TooMany
 from fourge.serve.errors import ApiError, from_validation
 from fourge.serve.middleware import CLIENT_GONE, Border, error_response
 from fourge.serve.protocol.fields import known_fields
@@ -56,7 +57,8 @@ async def _refused(request: Request, error: Exception) -> Response:
         text = f"there is no {request.url.path} here: see /docs."
     elif error.status_code == 405:
         text = f"{request.url.path} does not take {request.method}: see /docs."
-    response = _respond(request, ApiError(error.status_code, text))
+    param = error.param if isinstance(error, TooMany) else None
+    response = _respond(request, ApiError(error.status_code, text, param=param))
     response.headers.update(error.headers or {})
     return response
 

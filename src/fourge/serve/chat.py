@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from fourge.chat.deltas import Delta, to_message
 from fourge.engine.request import TokenLogprobs
 from fourge.serve.answer import Step
+from fourge.serve.bodies import body_route
 from fourge.serve.errors import openai_body
 from fourge.serve.generation import Generation
 from fourge.serve.preparing import Conversation, Sampling, chat_job
@@ -23,11 +24,10 @@ from fourge.serve.streaming import DONE, event, label
 
 def router(service: Service) -> APIRouter:
     """The routes of this surface."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], route_class=body_route(service.limits.max_messages))
 
     @routes.post("/v1/chat/completions", response_model=None)
     async def create(request: Request, body: ChatRequest) -> Response:
-        service.check_messages(body.messages)
         label(
             request, user=body.user, safety_identifier=body.safety_identifier,
             prompt_cache_key=body.prompt_cache_key, metadata=body.metadata,
@@ -75,6 +75,7 @@ def sampling_of(body: ChatRequest) -> Sampling:
         n=body.n,
         stop=body.stop_strings,
         include_stop=body.include_stop_str_in_output,
+        bad_words=body.bad_words,
     )
 
 

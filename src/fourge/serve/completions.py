@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 from fourge.engine.params import StructuredOutputs
 from fourge.engine.request import TokenLogprobs
 from fourge.serve.answer import Step
+from fourge.serve.bodies import body_route
 from fourge.serve.constraints import answer_format
 from fourge.serve.errors import openai_body
 from fourge.serve.generation import Generation
@@ -24,7 +25,7 @@ from fourge.serve.streaming import DONE, event, label
 
 def router(service: Service) -> APIRouter:
     """The routes of this surface."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], route_class=body_route(service.limits.max_messages))
 
     @routes.post("/v1/completions", response_model=None)
     async def create(request: Request, body: CompletionRequest) -> Response:
@@ -55,6 +56,7 @@ def _job(served: Served, body: CompletionRequest) -> Job:
         n=body.n,
         stop=body.stop_strings,
         include_stop=body.include_stop_str_in_output,
+        bad_words=body.bad_words,
     )
     form = answer_format(body.response_format)
     structured = None

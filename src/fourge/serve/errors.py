@@ -94,7 +94,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]], known: Sequence[str]) -
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {found['ctx']['error']}.")
     if found["type"] == "extra_forbidden":
-        near = get_close_matches(str(place[-1]), known, 1)
+        others = [field for field in known if field != place[-1]]  # known elsewhere: no hint
+        near = get_close_matches(str(place[-1]), others, 1)
         hint = f"did you mean {near[0]}?" if near else "leave it out."
         return ApiError(400, f"{name!r} is not a field that is known here: {hint}", param=name)
     if found["type"] == "unsupported":

@@ -5,15 +5,13 @@ step of the engine.
 """
 
 import asyncio
-import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import Any
 
-from fourge.engine.engine import Progressed
-from fourge.engine.request import Request
+from fourge.engine.async_engine import Result, Spent
 from fourge.serve.answer import Answer, Step
 from fourge.serve.errors import ApiError
 from fourge.serve.metrics import Metrics
@@ -78,74 +76,82 @@ class Generation:
     async def steps(self) -> AsyncGenerator[Step, None]:
         """Every step of every answer. Raises ApiError: the time is over, or the engine could not
         go on. To be closed (contextlib.aclosing)."""
-        results: asyncio.Queue[Step | Exception] = asyncio.Queue()
+        given: asyncio.Queue[tuple[int, Result]] = asyncio.Queue()
         late = ApiError(504, f"the request took longer than {self._timeout_s:g} s.", code="timeout")
-        timer = asyncio.get_running_loop().call_later(self._timeout_s, results.put_nowait, late)
-        pumps = [asyncio.create_task(self._pump(one, results)) for one in self.answers]
+        put_late = partial(given.put_nowait, (0, late))
+        timer = asyncio.get_running_loop().call_later(self._timeout_s, put_late)
+        leaving: list[Callable[[], None]] = []
+        clocks = [_Clock() for _ in self.answers]
         try:
-            left = len(pumps)
+            for answer in self.answers:
+                leaving.append(self._begin(answer, given))
+            left = len(leaving)
             while left:
-                step = await results.get()
-                if isinstance(step, Exception):
-                    raise step
-                left -= step.finish_reason is not None
+                index, update = await given.get()
+                if isinstance(update, Exception):
+                    raise update
+                answer = self.answers[index]
+                if answer.stopped:
+                    continue  # of a step that was under way
+                if update.finish_reason == "error":
+                    text = f"the engine could not go on with this request: {update.error}"
+                    raise ApiError(500, text, code="engine_error")
+                step = answer.take(update)
+                self._observe(clocks[index], len(step.token_ids))
+                if step.finish_reason is not None:
+                    left -= 1
+                    leaving[index]()
+                    self._finish(answer, update.spent, step.finish_reason, clocks[index])
                 yield step
         finally:
             timer.cancel()
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
+            for leave in leaving:
+                leave()
 
-    async def _pump(self, answer: Answer, results: asyncio.Queue[Step | Exception]) -> None:
-        """One answer's steps into the common queue."""
+    def _begin(
+        self, answer: Answer, given: asyncio.Queue[tuple[int, Result]]
+    ) -> Callable[[], None]:
         number, params = self.job.choices[answer.index]
-        name = f"serve-{uuid.uuid4().hex}"
-        begun = last = monotonic()
-        try:
-            stream = self._served.engine.generate(self.job.prompts[number], params, name)
-            async with aclosing(stream) as progress:
-                async for progressed in progress:
-                    if progressed.finish_reason in ("error", "abort"):
-                        raise ApiError(500, _failure(progressed), code="engine_error")
-                    step = answer.take(progressed)
-                    last = self._observe(progressed, len(step.token_ids), begun, last)
-                    if step.finish_reason is not None:
-                        self._finish(answer, progressed.request, step.finish_reason, begun)
-                        results.put_nowait(step)
-                        return
-                    results.put_nowait(step)
-        except Exception as error:  # goes to whoever listens
-            results.put_nowait(error)
+        return self._served.engine.begin(
+            self.job.prompts[number], params,
+            lambda result: given.put_nowait((answer.index, result)),
+        )  # fmt: skip
 
-    def _observe(self, progressed: Progressed, num_tokens: int, begun: float, last: float) -> float:
+    def _observe(self, clock: "_Clock", num_tokens: int) -> None:
         now = monotonic()
-        if last == begun:
+        if clock.latest == clock.begun:
             if self.figures.first_token_s is None:
-                self.figures.first_token_s = now - begun
-            self._metrics.first_token(now - begun)
+                self.figures.first_token_s = now - clock.begun
+            self._metrics.first_token(now - clock.begun)
         elif num_tokens:
-            self._metrics.between_tokens((now - last) / num_tokens, num_tokens)
+            self._metrics.between_tokens((now - clock.latest) / num_tokens, num_tokens)
         self.figures.output_tokens += num_tokens
-        return now
+        clock.latest = now
 
-    def _finish(self, answer: Answer, request: Request, reason: str, begun: float) -> None:
+    def _finish(self, answer: Answer, spent: Spent, reason: str, clock: "_Clock") -> None:
         figures, number = self.figures, self.job.choices[answer.index][0]
         if number not in self._counted:
             self._counted.add(number)
-            figures.cached_tokens += request.num_cached
+            figures.cached_tokens += spent.num_cached
         figures.reasoning_tokens += answer.num_reasoning
-        figures.draft_tokens += request.drafted
-        figures.accepted_tokens += request.accepted
-        figures.preemptions += request.num_preemptions
-        if request.drafted:
-            figures.drafts += request.drafted // self._served.num_speculative_tokens
+        figures.draft_tokens += spent.drafted
+        figures.accepted_tokens += spent.accepted
+        figures.preemptions += spent.num_preemptions
+        if spent.drafted:
+            figures.drafts += spent.drafted // self._served.num_speculative_tokens
         figures.finish_reasons.append(reason)
         if answer.parser is not None:
             self._metrics.tool_calls(answer.parser.num_calls, answer.parser.num_unknown)
-        self._metrics.finished(reason, answer.num_tokens, monotonic() - begun)
+        self._metrics.finished(reason, answer.num_tokens, clock.latest - clock.begun)
+        self._metrics.phases(spent, answer.num_tokens)
 
 
-def _failure(progressed: Progressed) -> str:
-    if progressed.finish_reason == "abort":
-        return "the request was aborted."
-    return f"the engine could not go on with this request: {progressed.request.error}"
+@dataclass
+class _Clock:
+    """Of one answer, in seconds of ``monotonic``."""
+
+    begun: float = field(default_factory=monotonic)
+    latest: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.latest = self.begun

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from fourge.chat.deltas import Delta
 from fourge.chat.template import unknown_options
 from fourge.serve.answer import Step
+from fourge.serve.bodies import body_route
 from fourge.serve.errors import anthropic_body
 from fourge.serve.generation import Generation
 from fourge.serve.preparing import Conversation, Sampling, chat_job
@@ -40,11 +41,10 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 
 def router(service: Service) -> APIRouter:
     """The routes of this surface."""
-    routes = APIRouter(tags=["Anthropic"])
+    routes = APIRouter(tags=["Anthropic"], route_class=body_route(service.limits.max_messages))
 
     @routes.post("/v1/messages", response_model=None)
     async def create(request: Request, body: MessagesRequest) -> Response:
-        service.check_messages(body.messages)
         label(request, user=body.metadata.user_id)
         generation = await service.begin(
             request, body.model, 1,
@@ -65,7 +65,6 @@ def router(service: Service) -> APIRouter:
     async def count(body: CountRequest) -> dict[str, int]:
         served = service.served
         served.check_name(body.model)
-        service.check_messages(body.messages)
         tokens = await service.in_worker(
             lambda: conversation_tokens(served, _conversation(served, body))
         )

@@ -3,13 +3,15 @@ besides: tool_call_unknown_names, and spec_decode_position_0_alarm (acceptance o
 below 0.3, which a broken MTP layer shows first).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fourge.engine.async_engine import Spent
+from fourge.formats.cache_rows import PAGE_TOKENS
 from fourge.serve.served import TokenEngine
 
 ALARM_BELOW = 0.3
@@ -18,6 +20,8 @@ _LATENCIES_S = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0,
     300.0, 600.0,
 )  # fmt: skip
+
+_CACHE_CONFIG = ("cache_kind", "enable_prefix_caching", "gpu_memory_utilization")
 
 # metric -> (key of Engine.stats, what it is)
 _GAUGES = {
@@ -49,6 +53,13 @@ class Metrics:
         self._first = self._latency("time_to_first_token", "Until the first token.")
         self._between = self._latency("inter_token_latency", "Between two tokens.")
         self._whole = self._latency("e2e_request_latency", "Until the end of an answer.")
+        self._queued = self._latency("request_queue_time", "Until the first step of an answer.")
+        self._prefill = self._latency("request_prefill_time", "From there to its first token.")
+        self._decode = self._latency("request_decode_time", "From there to its last.")
+        self._inference = self._latency("request_inference_time", "From first step to last token.")
+        self._each = self._latency(
+            "request_time_per_output_token", "Of an answer, after its first token."
+        )
         self._lengths = Histogram(
             "fourge:request_generation_tokens", "Tokens of an answer.",
             buckets=[2**power for power in range(18)], registry=self.registry,
@@ -59,9 +70,19 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
 
-    def watch(self, engine: TokenEngine) -> None:
-        """Take the engine's own counters with every scrape."""
+    def watch(self, engine: TokenEngine, details: Mapping[str, Any]) -> None:
+        """Take the engine's own counters with every scrape; ``details`` of its cache go along."""
         self.registry.register(_EngineCollector(engine))
+        labels = {name: str(details[name]) for name in _CACHE_CONFIG if name in details}
+        labels |= {
+            "block_size": str(PAGE_TOKENS),
+            "cache_tokens": str(engine.stats()["cache_tokens"]),
+        }
+        info = Gauge(
+            "fourge:cache_config_info", "What the cache is like; always 1.", list(labels),
+            registry=self.registry,
+        )  # fmt: skip
+        info.labels(**labels).set(1)
 
     def first_token(self, seconds: float) -> None:
         self._first.observe(seconds)
@@ -74,6 +95,15 @@ class Metrics:
         self._success.labels(reason).inc()
         self._lengths.observe(num_tokens)
         self._whole.observe(seconds)
+
+    def phases(self, spent: Spent, num_tokens: int) -> None:
+        """Where the time of an answer of so many tokens went, as the engine has it."""
+        self._queued.observe(spent.queued_s)
+        self._prefill.observe(spent.prefill_s)
+        self._decode.observe(spent.decode_s)
+        self._inference.observe(spent.prefill_s + spent.decode_s)
+        if num_tokens > 1:
+            self._each.observe(spent.decode_s / (num_tokens - 1))
 
     def tool_calls(self, calls: int, unknown: int) -> None:
         self._calls.inc(calls)

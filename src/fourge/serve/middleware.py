@@ -23,13 +23,13 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 # Without a key: the page (which asks for one), what a balancer polls, and the description.
 OPEN = {"/", "/health", "/ready", "/version", "/docs", "/openapi.json"}
 _POLLED = {"/health", "/ready", "/metrics"}
+ANTHROPIC = "/v1/messages"  # has its own form of errors, and its own name for the id
 CLIENT_GONE = 499  # nginx's number; only the log sees it
 
 
 def error_response(error: ApiError, path: str, request_id: str) -> Response:
     """The error in the form of the surface."""
-    anthropic = path.startswith("/v1/messages")
-    body = anthropic_body(error, request_id) if anthropic else openai_body(error)
+    body = anthropic_body(error, request_id) if path.startswith(ANTHROPIC) else openai_body(error)
     return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
@@ -53,7 +53,10 @@ class Border:
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 scope["state"]["status"] = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                answered = MutableHeaders(scope=message)
+                answered["X-Request-Id"] = request_id
+                if scope["path"].startswith(ANTHROPIC):
+                    answered["request-id"] = request_id
             await send(message)
 
         try:

@@ -12,6 +12,7 @@ from fourge.chat.reasoning import leaves_thinking_open
 from fourge.chat.template import normalise, render, unknown_options
 from fourge.chat.tokens import encode
 from fourge.engine.params import SamplingParams, StructuredOutputs
+from fourge.errors import RequestError
 from fourge.serve.constraints import Format, Reasoning, ToolChoice, constraint
 from fourge.serve.served import Served
 
@@ -42,6 +43,7 @@ class Sampling:
     n: int = 1
     stop: tuple[str, ...] = ()
     include_stop: bool = False
+    bad_words: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,11 @@ class Job:
     sampling: Sampling
     parsing: Parsing | None = None
 
+    @property
+    def grammar(self) -> StructuredOutputs | None:
+        """What all answers must look like."""
+        return self.choices[0][1].structured_outputs
+
 
 def chat_job(served: Served, conversation: Conversation, sampling: Sampling) -> Job:
     """FourgeError subclasses: the request cannot be served."""
@@ -86,7 +93,7 @@ def chat_job(served: Served, conversation: Conversation, sampling: Sampling) -> 
         parallel_tool_calls=conversation.parallel_tool_calls,
         spelled=spelled,
     )
-    prompt = encode(served.tokenizer, text, rendered=True)
+    prompt = _tokens(served, text, rendered=True)
     return _job(served, [prompt], sampling, structured=structured, parsing=parsing)
 
 
@@ -98,7 +105,7 @@ def text_job(
 ) -> Job:
     """The same for plain prompts, as texts or as tokens."""
     tokens = [
-        encode(served.tokenizer, prompt, rendered=False) if isinstance(prompt, str) else prompt
+        _tokens(served, prompt, rendered=False) if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
     return _job(served, tokens, sampling, structured=structured, parsing=None)
@@ -116,6 +123,24 @@ def prompt_text(served: Served, conversation: Conversation) -> str:
         continue_final_message=conversation.continue_final_message,
         options=_template_options(served, conversation),
     )
+
+
+def _tokens(served: Served, text: str, *, rendered: bool) -> list[int]:
+    """RequestError: it is so long that nothing is gained by counting its tokens."""
+    most = served.most_characters
+    if most is not None and len(text) > most:
+        raise RequestError(
+            f"the prompt has {len(text)} characters, which are more than {served.max_model_len}"
+            " tokens (max_model_len): shorten it."
+        )
+    return encode(served.tokenizer, text, rendered=rendered)
+
+
+def _forbidden(served: Served, words: Sequence[str]) -> list[list[int]]:
+    """The tokens of every word at the beginning of a text and within one (vllm 0.33.0
+    sampling_params.py does the same)."""
+    texts = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
+    return [encode(served.tokenizer, text, rendered=True) for text in texts]
 
 
 def _template_options(served: Served, conversation: Conversation) -> dict[str, Any]:
@@ -136,11 +161,10 @@ def _job(
     served: Served, prompts: Sequence[Sequence[int]], sampling: Sampling, *,
     structured: StructuredOutputs | None, parsing: Parsing | None,
 ) -> Job:  # fmt: skip
-    params = SamplingParams(
-        **{**served.preferred, **sampling.params}, structured_outputs=structured
-    )
-    if structured is not None:
-        served.compile_grammar(structured)  # kept: the engine finds it ready
+    given = {**served.preferred, **sampling.params}
+    if sampling.bad_words:
+        given["bad_words_token_ids"] = _forbidden(served, sampling.bad_words)
+    params = SamplingParams(**given, structured_outputs=structured)
     for prompt in prompts:
         served.check(prompt, params)
     choices = [

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from fourge.errors import RequestError
 from fourge.serve.answer import Step
+from fourge.serve.bodies import body_route
 from fourge.serve.constraints import Format
 from fourge.serve.errors import ApiError
 from fourge.serve.generation import Generation
@@ -33,12 +34,10 @@ from fourge.serve.streaming import event, label
 
 def router(service: Service) -> APIRouter:
     """The routes of this surface."""
-    routes = APIRouter(tags=["OpenAI"])
+    routes = APIRouter(tags=["OpenAI"], route_class=body_route(service.limits.max_messages))
 
     @routes.post("/v1/responses", response_model=None)
     async def create(request: Request, body: ResponsesRequest) -> Response:
-        if not isinstance(body.input, str):
-            service.check_messages(body.input)
         label(
             request, user=body.user, safety_identifier=body.safety_identifier,
             prompt_cache_key=body.prompt_cache_key, metadata=body.metadata,

@@ -20,12 +20,12 @@ from typing import Any
 import uvicorn
 
 from fourge.chat.template import normalise, render
-from fourge.engine.async_engine import AsyncEngine
+from fourge.chat.tokens import VOCABULARY_FILES, load_tokenizer
 from fourge.engine.loader import OnProgress
 from fourge.engine.params import SamplingParams
-from fourge.errors import CheckpointError, RequestError
-from fourge.llm import LLM
+from fourge.errors import CheckpointError, EngineError, RequestError
 from fourge.serve.app import create_app
+from fourge.serve.engine_process import EngineProcess
 from fourge.serve.limits import Limits
 from fourge.serve.served import Served
 from fourge.serve.service import Service
@@ -59,45 +59,47 @@ def serve(setup: Setup, *, on_progress: OnProgress, on_ready: Callable[[str], No
 
 
 def load(setup: Setup, on_progress: OnProgress) -> Served:
-    """The checkpoint, ready to serve."""
+    """The checkpoint, ready to serve, in a process of its own."""
     options = dict(setup.engine)
-    llm = LLM(
-        setup.checkpoint,
-        cache_dtype=options.pop("kv_cache_dtype", "auto"),
-        speculative_tokens=options.pop("num_speculative_tokens", 0),
-        on_progress=on_progress,
-        **options,
-    )
-    if llm.tokenizer is None:
+    options["cache_dtype"] = options.pop("kv_cache_dtype", "auto")
+    options["speculative_tokens"] = options.pop("num_speculative_tokens", 0)
+    engine = EngineProcess(setup.checkpoint, options, on_progress)
+    try:
+        return _served(setup, engine)
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _served(setup: Setup, engine: EngineProcess) -> Served:
+    if not any((setup.checkpoint / name).is_file() for name in VOCABULARY_FILES):
         raise CheckpointError(
             f"{setup.checkpoint} has no tokenizer, and a server needs one: copy the model's"
             " tokenizer files there."
         )
+    tokenizer = load_tokenizer(setup.checkpoint)
     if setup.template_options:
         hello = normalise([{"role": "user", "content": "Hello"}])
-        render(llm.tokenizer, hello, add_generation_prompt=True, options=setup.template_options)
-    engine = llm.engine
+        render(tokenizer, hello, add_generation_prompt=True, options=setup.template_options)
     engine.check([0], preferred_params(setup.preferred))
-    defaults = engine.defaults
+    facts = engine.facts
     from_checkpoint = {
-        name: getattr(defaults, name)
+        name: getattr(facts.bounds.defaults, name)
         for name in ("temperature", "top_p", "top_k", "repetition_penalty")
     }
     return Served(
         names=setup.names or (setup.checkpoint.resolve().name,),
-        tokenizer=llm.tokenizer,
-        engine=AsyncEngine(engine),
+        tokenizer=tokenizer,
+        engine=engine,
         check=engine.check,
-        compile_grammar=llm.matcher,
-        vocab_size=engine.config.vocab_size,
-        max_model_len=engine.sizes.max_model_len,
-        max_num_seqs=engine.options.max_num_seqs,
-        num_speculative_tokens=engine.options.num_speculative_tokens,
+        vocab_size=facts.bounds.vocab_size,
+        max_model_len=facts.bounds.max_model_len,
+        max_num_seqs=facts.max_num_seqs,
+        num_speculative_tokens=facts.num_speculative_tokens,
         preferred=from_checkpoint | dict(setup.preferred),
         template_options=setup.template_options,
         created=int(time.time()),
-        details={one.name: getattr(engine.options, one.name) for one in fields(engine.options)}
-        | {"cache_kind": engine.sizes.cache_kind, "device": str(engine.device)},
+        details=facts.details,
     )
 
 
@@ -132,7 +134,13 @@ async def _serve(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop)
-    loading = asyncio.create_task(asyncio.to_thread(load, setup, on_progress))
+
+    def progress(done: int, total: int) -> None:
+        if server.should_exit:
+            raise EngineError("the server was stopped while it loaded.")
+        on_progress(done, total)
+
+    loading = asyncio.create_task(asyncio.to_thread(load, setup, progress))
     try:
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done():

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -37,7 +37,7 @@ class Service:
     def begin_serving(self, served: Served) -> None:
         """The model is there."""
         self.admission.most = self.limits.max_waiting + served.max_num_seqs
-        self.metrics.watch(served.engine)
+        self.metrics.watch(served.engine, served.details)
         self._served = served
 
     @property
@@ -70,25 +70,22 @@ class Service:
             )  # fmt: skip
         release = self.admission.take(num_answers)
         try:
-            job = await self.in_worker(lambda: prepare(served))
-            generation = Generation(
-                served, job, metrics=self.metrics, timeout_s=self.limits.request_timeout_s,
-                release=release,
-            )  # fmt: skip
+            generation = await self.in_worker(lambda: self._prepared(served, prepare, release))
+            if (grammar := generation.job.grammar) is not None:
+                await served.engine.compile(grammar)  # may take a while; others need not wait
         except BaseException:
             release()
             raise
         request.scope["state"] |= {"model": model, "figures": generation.figures}
         return generation
 
-    def check_messages(self, messages: list[Any]) -> None:
-        """ApiError 400 if there are too many."""
-        most = self.limits.max_messages
-        if len(messages) > most:
-            raise ApiError(
-                400, f"there are {len(messages)} messages; at most {most} are taken.",
-                param="messages",
-            )  # fmt: skip
+    def _prepared(
+        self, served: Served, prepare: Callable[[Served], Job], release: Callable[[], None]
+    ) -> Generation:
+        return Generation(
+            served, prepare(served), metrics=self.metrics,
+            timeout_s=self.limits.request_timeout_s, release=release,
+        )  # fmt: skip
 
     def stream(
         self, generation: Generation, events: Events, on_error: Callable[[ApiError], bytes]

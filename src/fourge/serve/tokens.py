@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from fourge.chat.tokens import encode
 from fourge.errors import RequestError
+from fourge.serve.bodies import body_route
 from fourge.serve.preparing import Conversation, prompt_text
 from fourge.serve.protocol.openai import (
     DetokenizeRequest,
@@ -19,14 +20,12 @@ from fourge.serve.service import Service
 
 def router(service: Service) -> APIRouter:
     """The routes of this surface."""
-    routes = APIRouter(tags=["Tokens"])
+    routes = APIRouter(tags=["Tokens"], route_class=body_route(service.limits.max_messages))
 
     @routes.post("/tokenize")
     async def tokenize(body: TokenizePrompt | TokenizeMessages) -> dict[str, Any]:
         served = service.served
         served.check_name(body.model)
-        if isinstance(body, TokenizeMessages):
-            service.check_messages(body.messages)
         return await service.in_worker(lambda: _tokenize(served, body))
 
     @routes.post("/detokenize")

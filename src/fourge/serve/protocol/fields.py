@@ -23,17 +23,16 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, given: Any) -> Any:
+        """Null is absent, whatever the name: clients send answers back with all fields that their
+        version knows."""
         if not isinstance(given, Mapping):
             return given
-        kept = {}
-        for name, value in given.items():
-            refused = name in cls.UNSUPPORTED
-            if refused and value is not None:
+        kept = {name: value for name, value in given.items() if value is not None}
+        for name in kept:
+            if name in cls.UNSUPPORTED:
                 raise PydanticCustomError(
                     "unsupported", "{name} is not supported: leave it out", {"name": name}
                 )
-            if value is not None or (name not in cls.model_fields and not refused):
-                kept[name] = value
         return kept
 
 
@@ -42,6 +41,7 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class JsonSchema(Strict):
@@ -88,6 +88,7 @@ class SamplingFields(Strict):
     frequency_penalty: float = 0.0
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] = Field(default_factory=dict)
+    allowed_token_ids: list[int] | None = Field(None, min_length=1)
     min_tokens: int = Field(0, ge=0, le=LARGE)
     stop_token_ids: list[int] = Field(default_factory=list, max_length=64)
     ignore_eos: bool = False
@@ -101,10 +102,13 @@ class SamplingFields(Strict):
 
 
 class StopFields(SamplingFields):
-    """Strings that end the text; OpenAI allows 4 of them."""
+    """Strings that end the text, of which OpenAI allows 4, and those that may not come."""
 
     stop: str | Annotated[list[str], Field(max_length=16)] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
+    bad_words: list[Annotated[str, Field(pattern=r"\S")]] = Field(
+        default_factory=list, max_length=1024, description="What the output may not have in it."
+    )
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -96,9 +96,8 @@ class ChatRequest(TemplateFields, StopFields):
 
     UNSUPPORTED: ClassVar = frozenset(
         {
-            "allowed_token_ids", "audio", "bad_words", "best_of", "function_call", "functions",
-            "modalities", "prediction", "priority", "prompt_logprobs", "verbosity",
-            "web_search_options",
+            "audio", "best_of", "function_call", "functions", "modalities", "prediction",
+            "priority", "prompt_logprobs", "verbosity", "web_search_options",
         }
     )  # fmt: skip
 
@@ -150,9 +149,7 @@ class ChatRequest(TemplateFields, StopFields):
 class CompletionRequest(StopFields):
     """POST /v1/completions. max_tokens 0 (with echo) only describes the prompt."""
 
-    UNSUPPORTED: ClassVar = frozenset(
-        {"allowed_token_ids", "bad_words", "best_of", "priority", "suffix"}
-    )
+    UNSUPPORTED: ClassVar = frozenset({"best_of", "priority", "suffix"})
 
     model: str
     prompt: (

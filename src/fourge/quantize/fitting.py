@@ -61,7 +61,7 @@ class Fitting:
         # A moment and what it is drawn to, or its inverse and that one's factors.
         moments = 3 * widest * FLOAT32
         if any(name.endswith("+gptq") for name in self.methods):
-            moments += 3 * widest * FLOAT64
+            moments += 9 * widest * FLOAT64
         return max(judged, 2 * searched) + moments
 
 

@@ -3,9 +3,9 @@
 Goes through 32 rows of one block column at a time, which share its factor, so that loops over rows
 vectorise. Not every scale is tried, but none that could be chosen is left out. Starting where
 ``max`` does:
-- downward until clipping alone costs more than the best so far: of a positive definite H,
-  e^T H e >= e_i^2 / (H^-1)_ii for every i, and the largest weight's error only grows;
-- upward until all weights round to zero: larger scales give the same error again;
+- downward until what is clipped alone costs more than the best so far: it only grows (_bounds);
+- upward until the same is true of what is rounded to zero, or until that is everything, from where
+  on larger scales give the same error again;
 - a scale is dropped when the first terms of its sum exceed the best in every row: all are >= 0.
 Releases the GIL; call it from threads. Compiled at the first import (2 s) and cached as cpu.py is.
 
@@ -35,8 +35,8 @@ SCALES = torch.arange(128, dtype=torch.uint8).view(torch.float8_e4m3fn).float().
 CODE_OF_ONE = 0x38
 # From 2^23 on, float32 numbers lie 1 apart.
 HALVES, ONES, TWOS = f32(1.5 * 2**22), f32(1.5 * 2**23), f32(1.5 * 2**24)
-# Bounds are float64 divided once; float32 sums of 136 terms err by less than this share.
-SAFE = f32(0.999)
+# Bounds hold for exact numbers; float32 sums of 136 terms err by less than this share.
+SAFE = 0.99
 
 
 def search_scales(x: Tensor, scale_2: Tensor, factor: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def search_scales(x: Tensor, scale_2: Tensor, factor: Tensor) -> Tensor:
     factor_BSS = factor if is_full else torch.diag_embed(factor)
     _search(
         x.detach().contiguous().numpy(), f32(scale_2.item()), factor_BSS.contiguous().numpy(),
-        _clipping_bounds(factor_BSS), is_full, found.view(torch.uint8).numpy(),
+        _bounds(factor_BSS), is_full, found.view(torch.uint8).numpy(),
     )  # fmt: skip
     return found
 
@@ -71,13 +71,19 @@ def round_to(x: Tensor, weight_scale: Tensor, scale_2: Tensor) -> NVFP4Tensor:
     return NVFP4Tensor(packed, weight_scale, scale_2)
 
 
-def _clipping_bounds(factor_BSS: Tensor) -> Array:
-    """float32 [B]: 1 / max_i (H^-1)_ii; 0, which bounds nothing, where H cannot be inverted."""
-    factor = factor_BSS.double()
-    inverse, _ = torch.linalg.inv_ex(factor)
-    largest_B = inverse.square().sum(1).amax(-1)  # H^-1 = F^-T F^-1
-    bound_B = torch.where(largest_B.isfinite() & (largest_B > 0), 1 / largest_B, 0.0)
-    return bound_B.float().numpy()
+def _bounds(factor_BSS: Tensor) -> Array:
+    """float32 [B, 2, 16]: of H = F F^T, p and q with e^T H e >= p_i e_i^2 for every i, and >= sum_i
+    q_i e_i^2. p = 1 / diag(H^-1), where H can be inverted; q = l diag(H) with l the least
+    eigenvalue of H scaled to a diagonal of ones.
+    """
+    factor_BSS = factor_BSS.double()
+    inverse_BSS, _ = torch.linalg.inv_ex(factor_BSS)
+    single_BS = 1 / inverse_BSS.square().sum(1)  # H^-1 = F^-T F^-1
+    diagonal_BS = factor_BSS.square().sum(2)
+    scaled_BSS = factor_BSS / diagonal_BS.sqrt().clamp(min=1e-150)[..., None]
+    least_B = torch.linalg.svdvals(scaled_BSS)[..., -1].square()
+    bounds = torch.stack([single_BS, least_B[..., None] * diagonal_BS], 1)
+    return (SAFE * torch.where(bounds.isfinite(), bounds, 0.0)).float().numpy()
 
 
 @njit(error_model="numpy")
@@ -183,14 +189,43 @@ def _try(
             best_R[r], found_R[r] = loss_R[r], code_R[r]
 
 
+@njit(error_model="numpy")
+def _can_improve(
+    direction: int, x_SR: Array, scale_R: Array, bound_2S: Array, single_R: Array, sum_R: Array,
+    best_R: Array, amax_R: Array,
+) -> bool:  # fmt: skip
+    """Whether scales beyond these could be better for any row."""
+    for r in range(scale_R.size):
+        single_R[r], sum_R[r] = f32(0.0), f32(0.0)
+    for i in range(SIZE):
+        p, q = bound_2S[0, i], bound_2S[1, i]
+        for r in range(scale_R.size):
+            a, s = abs(x_SR[i, r]), scale_R[r]
+            if direction < 0:
+                lost = a - f32(6.0) * s
+                lost = lost if lost > f32(0.0) else f32(0.0)
+            else:
+                lost = a if a < f32(0.2499) * s else f32(0.0)
+            square = lost * lost
+            sum_R[r] += q * square
+            single = p * square
+            single_R[r] = single if single > single_R[r] else single_R[r]
+    count = 0
+    for r in range(scale_R.size):
+        is_open = sum_R[r] <= best_R[r] and single_R[r] <= best_R[r]
+        count += is_open and (direction < 0 or amax_R[r] > f32(0.25) * scale_R[r])
+    return count > 0
+
+
 @njit(
-    "void(float32[:, ::1], float32, float32[:, :, ::1], float32[::1], boolean, uint8[:, ::1])",
+    "void(float32[:, ::1], float32, float32[:, :, ::1], float32[:, :, ::1], boolean,"
+    " uint8[:, ::1])",
     nogil=True,
     cache=True,
     error_model="numpy",
 )
 def _search(
-    x_NK: Array, scale_2: np.float32, factor_BSS: Array, bound_B: Array, is_full: bool,
+    x_NK: Array, scale_2: np.float32, factor_BSS: Array, bound_B2S: Array, is_full: bool,
     found_NB: Array,
 ) -> None:  # fmt: skip
     num_rows, num_blocks = found_NB.shape
@@ -199,7 +234,7 @@ def _search(
     scale_R, part_R, loss_R = np.empty(ROWS, f32), np.empty(ROWS, f32), np.empty(ROWS, f32)
     start_R, code_R, found_R = np.empty(ROWS, i64), np.empty(ROWS, i64), np.empty(ROWS, i64)
     for b in range(num_blocks):
-        factor_SS, bound = factor_BSS[b], bound_B[b] * SAFE
+        factor_SS = factor_BSS[b]
         for first in range(0, num_rows, ROWS):
             count = min(ROWS, num_rows - first)
             x_SR[:] = f32(0.0)
@@ -220,14 +255,12 @@ def _search(
                         code_R, scale_2, x_SR, factor_SS, is_full, scale_R, e_SR, part_R, loss_R,
                         best_R, found_R,
                     )  # fmt: skip
-                    left = 0
+                    is_last = True
                     for r in range(count):
-                        if direction < 0:
-                            clipped = max(amax_R[r] - f32(6.0) * scale_R[r], f32(0.0))
-                            left += code_R[r] > 1 and bound * clipped * clipped <= best_R[r]
-                        else:
-                            left += code_R[r] < NUM_SCALES and amax_R[r] / scale_R[r] > f32(0.25)
-                    if not left:
+                        is_last &= code_R[r] == (1 if direction < 0 else NUM_SCALES)
+                    if is_last or not _can_improve(
+                        direction, x_SR, scale_R, bound_B2S[b], part_R, loss_R, best_R, amax_R
+                    ):
                         break
             for r in range(count):
                 found_NB[first + r, b] = u8(found_R[r] if amax_R[r] > 0 else CODE_OF_ONE)

@@ -12,6 +12,8 @@ Suffixes: N rows of a tile, S = 16.
 # pyright: reportMissingImports=false, reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportIndexIssue=false, reportGeneralTypeIssues=false, reportCallIssue=false
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,8 @@ from fourge.formats.search import (
     positive_scales,
 )
 
-TILE = 64  # rows per program
+# Rows per program: few, so that one column of blocks keeps all of a device's processors busy.
+TILE, WARPS = 16, 1
 
 
 def search_scales(x: Tensor, scale_2: Tensor, factor: Tensor) -> Tensor:
@@ -38,9 +41,9 @@ def search_scales(x: Tensor, scale_2: Tensor, factor: Tensor) -> Tensor:
     num_rows, num_blocks = found.shape
     with torch.cuda.device_of(x):
         _search[(triton.cdiv(num_rows, TILE), num_blocks)](
-            x, scale_2.to(x.device), factor.contiguous(), positive_scales(x.device), found,
+            x, scale_2.to(x.device), factor.contiguous(), _scales(x.device), found,
             num_rows, num_blocks, IS_FULL=is_full, SCALES=NUM_SCALES, OF_ZEROS=SCALE_OF_ZEROS,
-            TILE=TILE, enable_fp_fusion=False,
+            TILE=TILE, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return found.to(torch.float8_e4m3fn)
 
@@ -52,9 +55,14 @@ def descend(x: Tensor, weight_scale: Tensor, scale_2: Tensor, measure_SS: Tensor
     with torch.cuda.device_of(x):
         _descend[(triton.cdiv(len(x), TILE),)](
             x, divisor_N, measure_SS.contiguous(), *found, len(x), SWEEPS=SWEEPS, TILE=TILE,
-            enable_fp_fusion=False,
+            num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
     return found
+
+
+@cache
+def _scales(device: torch.device) -> Tensor:
+    return positive_scales(device)
 
 
 @triton.jit

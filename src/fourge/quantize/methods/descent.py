@@ -13,18 +13,23 @@ it. What GPTQ does once, column after column without looking back, is a first st
 from GPTQ's codes it ends where it ends without (docs/quality.md).
 """
 
+from typing import NamedTuple
+
 import torch
 
 from fourge.calibrate.moments import Measures
 from fourge.formats import kernels
 from fourge.formats.layout import BLOCK_SIZE
 from fourge.formats.nvfp4 import NVFP4Tensor
+from fourge.models import chunks
 from fourge.quantize.methods.expert import Expert, Quantized, tensor_scales
 from fourge.quantize.methods.full import Full, full_measure
 
 ROUNDS = 2
+# Changes reach columns beyond a panel of so many in one product when it is done.
+PANEL = 128
 
-# N rows, K columns, S = 16
+# N rows, K columns, P columns of a panel, S = 16
 
 
 def quantize_expert(expert: Expert, measures: Measures) -> Quantized:
@@ -46,27 +51,56 @@ def _quantize(weight: torch.Tensor, scale_2: torch.Tensor, full: Full) -> NVFP4T
     q_NK = kernels.dequantize(kernels.round_to(w_NK, scale_NB, scale_2))
     slope_NK = (q_NK - w_NK) @ full.measure_KK
     for _ in range(ROUNDS):
-        for block in range(scale_NB.shape[1]):
-            _improve(block, q_NK, scale_NB, slope_NK, scale_2, full)
+        for panel in chunks.slices(w_NK.shape[1], PANEL):
+            before_NP, slope_NP = q_NK[:, panel].clone(), slope_NK[:, panel].clone()
+            for first in range(panel.start, panel.stop, BLOCK_SIZE):
+                block = Block(first, panel)
+                _improve(block, q_NK, scale_NB, slope_NP, scale_2, full)
+            slope_NK.addmm_(q_NK[:, panel] - before_NP, full.measure_KK[panel])
     return kernels.round_to(q_NK, scale_NB, scale_2)
 
 
+class Block(NamedTuple):
+    """Sixteen columns, within a panel."""
+
+    first: int
+    panel: slice
+
+    @property
+    def number(self) -> int:
+        return self.first // BLOCK_SIZE
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.first, self.first + BLOCK_SIZE)
+
+    @property
+    def in_panel(self) -> slice:
+        """Its columns as the panel counts them."""
+        start = self.first - self.panel.start
+        return slice(start, start + BLOCK_SIZE)
+
+
 def _improve(
-    block: int, q_NK: torch.Tensor, scale_NB: torch.Tensor, slope_NK: torch.Tensor,
+    block: Block, q_NK: torch.Tensor, scale_NB: torch.Tensor, slope_NP: torch.Tensor,
     scale_2: torch.Tensor, full: Full,
 ) -> None:  # fmt: skip
-    """Replace a block's scales and codes where that lowers the error; keeps slope = (q - w) H."""
-    columns = slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
-    measure_SS = full.measure_KK[columns, columns].contiguous()
-    target_NS = q_NK[:, columns] - slope_NK[:, columns] @ full.inverse_BSS[block]
-    old_N = scale_NB[:, block].contiguous()
-    new_N = kernels.search_scales(target_NS, scale_2, full.factor_BSS[block, None])[:, 0]
+    """Replace a block's scales and codes where that lowers the error; keeps slope = (q - w) H in
+    its panel.
+    """
+    measure_SP = full.measure_KK[block.columns, block.panel]
+    measure_SS = measure_SP[:, block.in_panel].contiguous()
+    q_NS = q_NK[:, block.columns]
+    target_NS = q_NS - slope_NP[:, block.in_panel] @ full.inverse_BSS[block.number]
+    old_N = scale_NB[:, block.number].contiguous()
+    factor = full.factor_BSS[block.number, None]
+    new_N = kernels.search_scales(target_NS, scale_2, factor)[:, 0]
     old, new = (
         kernels.descend(target_NS, scale_N, scale_2, measure_SS) for scale_N in (old_N, new_N)
     )
     is_better_N = new.loss_N < old.loss_N
     found_NS = torch.where(is_better_N[:, None], new.value_NS, old.value_NS)
-    slope_NK.addmm_(found_NS - q_NK[:, columns], full.measure_KK[columns])
-    q_NK[:, columns] = found_NS
+    slope_NP.addmm_(found_NS - q_NS, measure_SP)
+    q_NS.copy_(found_NS)
     codes_N = torch.where(is_better_N, new_N.view(torch.uint8), old_N.view(torch.uint8))
-    scale_NB[:, block] = codes_N.view(torch.float8_e4m3fn)
+    scale_NB[:, block.number] = codes_N.view(torch.float8_e4m3fn)

@@ -6,11 +6,10 @@ import torch
 
 from fourge.calibrate.kinds import Kind
 from fourge.calibrate.moments import reduced
-from fourge.quantize.methods.search import factor_of, factorized
+from fourge.quantize.methods.search import DAMPING, factor_of, factorized
 
-# Of the mean of the diagonal, added to it: the usual share of GPTQ (Frantar et al., arXiv
-# 2210.17323), against errors along directions in which inputs hardly ever lie.
-DAMPING = 0.01
+# Of the mean of the diagonal, added to it: against errors along directions in which inputs hardly
+# ever lie.
 # The same against the rounding of sums in float32.
 DAMPING_OF_SUMS = 1e-9
 

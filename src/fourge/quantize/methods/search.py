@@ -15,9 +15,10 @@ from fourge.formats.layout import BLOCK_SIZE
 from fourge.formats.nvfp4 import NVFP4Tensor
 from fourge.quantize.methods.expert import Expert, Quantized, tensor_scales
 
-# Of the mean of a diagonal, added to it: keeps factors finite where columns are always zero or tell
-# the same. Where rounding of sums makes that too little, ten times as much.
-DAMPING = 1e-6
+# Of the mean of a block's diagonal, added to it: the usual share of GPTQ (Frantar et al., arXiv
+# 2210.17323). Beside a column of huge inputs the others would count for nothing. Where rounding of
+# sums makes that too little to factorize, ten times as much.
+DAMPING = 0.01
 
 
 def quantize_expert(expert: Expert, measures: Measures) -> Quantized:
@@ -56,7 +57,9 @@ def factorized(matrix: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
 def _factor(measure: torch.Tensor) -> torch.Tensor:
     if measure.dim() == 3:
         return factor_of(measure)
-    return (measure + DAMPING * measure.mean()).sqrt().unflatten(0, (-1, BLOCK_SIZE))
+    measure_BS = measure.unflatten(0, (-1, BLOCK_SIZE))
+    mean_B1 = measure_BS.mean(-1, keepdim=True)
+    return (measure_BS + torch.where(mean_B1 > 0, DAMPING * mean_B1, 1.0)).sqrt()
 
 
 def _quantize(x_NK: torch.Tensor, scale_2: torch.Tensor, factor: torch.Tensor) -> NVFP4Tensor:

@@ -6,8 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from fourge.calibrate.kinds import HOLD_OUT, MOST_HELD, Kind, moment_elements
-from fourge.calibrate.moments import ExpertInputs, HeldOut, LayerInputs, as_multiplied, reduced
+from fourge.calibrate.kinds import ALL_COUNT, HOLD_OUT, MOST_HELD, Kind, moment_elements
+from fourge.calibrate.moments import (
+    ExpertInputs,
+    HeldOut,
+    LayerInputs,
+    as_multiplied,
+    counted,
+    reduced,
+)
 from fourge.models.moe import Routed
 
 HIDDEN, INNER = 48, 32
@@ -121,3 +128,20 @@ def test_a_full_reservoir_is_spread_over_all_that_came():
     assert len(kept.diff().unique()) == 1, "evenly"
     assert float(kept[-1]) > 4900
     assert float(kept[0]) < 50
+
+
+@pytest.mark.parametrize("piece", [1 << 14, (1 << 15) + 1, 99_991, 700_000])
+def test_later_tokens_count_less_often_and_as_much(piece: int):
+    """However they come: each stretch twice as long as the last, with half as many of it."""
+    total, found = 700_000, []
+    for first in range(0, total, piece):
+        for rows, stride in counted(first, min(piece, total - first)):
+            found += [(first + row, stride) for row in range(rows.start, rows.stop, rows.step)]
+    numbers = [number for number, _ in found]
+    assert numbers == sorted(set(numbers))
+    assert numbers[:ALL_COUNT] == list(range(ALL_COUNT))
+    assert abs(sum(stride for _, stride in found) - total) < 16
+    for number, stride in found:
+        stretch = (number // ALL_COUNT + 1).bit_length() - 1
+        assert stride == 1 << stretch
+    assert len(found) < 5 * ALL_COUNT

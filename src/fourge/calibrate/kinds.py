@@ -9,6 +9,10 @@ from fourge.formats.layout import BLOCK_SIZE
 # One token in so many is held out, and at most so many are kept for one expert.
 HOLD_OUT = 8
 MOST_HELD = 256
+# Of an expert's first so many tokens all count for its moments, of the next twice as many every
+# second one, twice, of the next four times as many every fourth, and so on: what more tokens tell
+# becomes less, and what they take does not.
+ALL_COUNT = 1 << 15
 # Tokens of a layer that are kept to stand for all of it.
 LAYER_SAMPLE = 512
 

@@ -23,13 +23,13 @@ Shapes: N tokens of one call, K columns of the input, B = K / 16, S = 16, D hidd
 R kept tokens, T tokens of a batch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 
-from fourge.calibrate.kinds import HOLD_OUT, LAYER_SAMPLE, MOST_HELD, Kind
+from fourge.calibrate.kinds import ALL_COUNT, HOLD_OUT, LAYER_SAMPLE, MOST_HELD, Kind
 from fourge.formats import kernels
 from fourge.formats.layout import BLOCK_SIZE
 from fourge.formats.nvfp4 import AMAX_RANGE
@@ -75,6 +75,20 @@ def as_multiplied(x_NK: torch.Tensor) -> torch.Tensor:
     """Rounded to NVFP4, with an input_scale that just holds these tokens."""
     largest = torch.stack(torch.aminmax(x_NK)).abs().max().float()
     return kernels.quantize_activations(x_NK, (largest / AMAX_RANGE).clamp(min=1e-30))
+
+
+def counted(first: int, count: int) -> Iterator[tuple[slice, int]]:
+    """Rows of ``count`` tokens that count for moments, and how often each does, when ``first`` came
+    before them; see ALL_COUNT.
+    """
+    stride, start, stop = 1, 0, ALL_COUNT
+    while start < first + count:
+        begin, end = max(start, first), min(stop, first + count)
+        begin += (start - begin) % stride
+        if begin < end:
+            yield slice(begin - first, end - first, stride), stride
+        stride, start = 2 * stride, stop
+        stop += stride * ALL_COUNT
 
 
 def reduced(moment: torch.Tensor, kind: Kind) -> torch.Tensor:
@@ -128,19 +142,22 @@ class ExpertInputs:
         self._gate_up = zeros(kind, config.hidden_size, device)
         self._down = zeros(kind, config.moe_intermediate_size, device)
         self._weight = torch.zeros((), dtype=torch.float64, device=device)
-        self._tokens = 0
+        self._tokens = self._fitted = 0
         self.held_out = HeldOut()
 
     def observe(self, x_ND: torch.Tensor, h_NI: torch.Tensor, gate_N: torch.Tensor) -> None:
         """Further tokens of the expert, in order."""
         held = slice((HOLD_OUT - 1 - self._tokens) % HOLD_OUT, None, HOLD_OUT)
-        self._tokens += len(x_ND)
         self.held_out.meet(x_ND[held], gate_N[held])
         weight_N = gate_N.float().square()
         weight_N[held] = 0
-        add(self._gate_up, x_ND, weight_N)
-        add(self._down, h_NI, weight_N)
-        self._weight += weight_N.sum()
+        for rows, stride in counted(self._tokens, len(x_ND)):
+            weight_R = stride * weight_N[rows]
+            add(self._gate_up, x_ND[rows], weight_R)
+            add(self._down, h_NI[rows], weight_R)
+            self._weight += weight_R.sum()
+            self._fitted += len(weight_R)
+        self._tokens += len(x_ND)
 
     def measures(
         self, kind: Kind, layer: "LayerInputs", expert: Mapping[str, torch.Tensor]
@@ -157,7 +174,7 @@ class ExpertInputs:
             own = [one / self._weight.float() for one in own]
             # Tokens that were not meant for the expert make less of it; their pattern counts.
             down_prior *= _trace(own[1]) / _trace(down_prior).clamp(min=1e-30)
-        fitted = self._tokens - self._tokens // HOLD_OUT
+        fitted = self._fitted - self._fitted // HOLD_OUT
         return Measures(
             _drawn(own[0], layer.moment(kind), fitted, kind),
             _drawn(own[1], down_prior, fitted, kind),

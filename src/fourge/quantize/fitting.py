@@ -12,7 +12,7 @@ from fourge.layerwise.budget import default_workers
 from fourge.models.config import ModelConfig
 from fourge.quantize.recipe import NEEDS
 
-FLOAT32, FLOAT64 = 4, 8
+FLOAT32 = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Fitting:
         # A moment and what it is drawn to, or its inverse and that one's factors.
         moments = 3 * widest * FLOAT32
         if any(name.endswith("+gptq") for name in self.methods):
-            moments += 9 * widest * FLOAT64
+            moments += 4 * widest * FLOAT32
         return max(judged, 2 * searched) + moments
 
 

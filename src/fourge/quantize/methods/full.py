@@ -6,12 +6,10 @@ import torch
 
 from fourge.calibrate.kinds import Kind
 from fourge.calibrate.moments import reduced
-from fourge.quantize.methods.search import DAMPING, factor_of, factorized
+from fourge.quantize.methods.search import DAMPING, factor_of
 
 # Of the mean of the diagonal, added to it: against errors along directions in which inputs hardly
 # ever lie.
-# The same against the rounding of sums in float32.
-DAMPING_OF_SUMS = 1e-9
 
 
 class Full(NamedTuple):
@@ -33,9 +31,18 @@ def full_measure(moment_KK: torch.Tensor) -> Full:
 
 
 def inverse_factor(measure_KK: torch.Tensor) -> torch.Tensor:
-    """float32 [K, K], upper triangular U: H^-1 = U^T U."""
-    measure_KK = measure_KK.double()
-    mean = measure_KK.diagonal().mean()
-    inverse_KK = torch.cholesky_inverse(factorized(measure_KK, DAMPING_OF_SUMS * mean))
-    inverse_mean = inverse_KK.diagonal().mean()
-    return factorized(inverse_KK, DAMPING_OF_SUMS * inverse_mean).mT.float()
+    """float32 [K, K], upper triangular U: H^-1 = U^T U. Damps ``measure_KK`` more where float32 is
+    not enough.
+    """
+    inverse_KK = torch.cholesky_inverse(_cholesky(measure_KK, upper=False))
+    return _cholesky(inverse_KK, upper=True)
+
+
+def _cholesky(matrix_KK: torch.Tensor, *, upper: bool) -> torch.Tensor:
+    damping = DAMPING
+    while True:
+        factor_KK, failed = torch.linalg.cholesky_ex(matrix_KK, upper=upper)
+        if not failed:
+            return factor_KK
+        matrix_KK.diagonal().add_(damping * matrix_KK.diagonal().mean())
+        damping *= 10

@@ -23,19 +23,21 @@ PANEL = 128
 
 def quantize_expert(expert: Expert, measures: Measures) -> Quantized:
     """CheckpointError if a weight is NaN or infinite."""
-    scales = tensor_scales(expert)
-    gate_up, down = (full_measure(one) for one in measures)
-    found = {}
-    for name, full in (("gate_proj", gate_up), ("up_proj", gate_up), ("down_proj", down)):
-        found[name] = _quantize(getattr(expert, name), scales[name], full)
+    scales, found = tensor_scales(expert), {}
+    for names, moment in zip((("gate_proj", "up_proj"), ("down_proj",)), measures, strict=True):
+        full = full_measure(moment)
+        factor_KK = inverse_factor(full.measure_KK)
+        for name in names:
+            found[name] = _quantize(getattr(expert, name), scales[name], full, factor_KK)
     return found
 
 
-def _quantize(weight: torch.Tensor, scale_2: torch.Tensor, full: Full) -> NVFP4Tensor:
+def _quantize(
+    weight: torch.Tensor, scale_2: torch.Tensor, full: Full, factor_KK: torch.Tensor
+) -> NVFP4Tensor:
     w_NK, scale_2 = weight.float(), scale_2.to(weight.device)
     scale_NB = kernels.search_scales(w_NK, scale_2, full.factor_BSS)
     divisor_NB = fp8.from_e4m3(scale_NB) * scale_2
-    factor_KK = inverse_factor(full.measure_KK)
     for first in range(0, w_NK.shape[1], PANEL):
         stop = min(first + PANEL, w_NK.shape[1])
         error_NP = _round_panel(w_NK, divisor_NB, factor_KK, range(first, stop))

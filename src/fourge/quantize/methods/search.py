@@ -16,8 +16,7 @@ from fourge.formats.nvfp4 import NVFP4Tensor
 from fourge.quantize.methods.expert import Expert, Quantized, tensor_scales
 
 # Of the mean of a block's diagonal, added to it: the usual share of GPTQ (Frantar et al., arXiv
-# 2210.17323). Beside a column of huge inputs the others would count for nothing. Where rounding of
-# sums makes that too little to factorize, ten times as much.
+# 2210.17323). Beside a column of huge inputs the others would count for nothing.
 DAMPING = 0.01
 
 
@@ -41,17 +40,9 @@ def factor_of(block_BSS: torch.Tensor) -> torch.Tensor:
     mean_B = block_BSS.diagonal(dim1=-2, dim2=-1).mean(-1)
     # What is never anything but zero is as good with any error: plain squares.
     damping_B11 = torch.where(mean_B > 0, DAMPING * mean_B, 1.0)[:, None, None]
-    return factorized(block_BSS, damping_B11).float()
-
-
-def factorized(matrix: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
-    """float64, lower triangular: F F^T = matrix + damping, or a multiple of it, on the diagonal."""
-    identity = torch.eye(matrix.shape[-1], dtype=torch.float64, device=matrix.device)
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(matrix + damping * identity)
-        if not bool(failed.any()):
-            return factor
-        damping = 10 * damping
+    identity = torch.eye(BLOCK_SIZE, dtype=torch.float64, device=block_BSS.device)
+    # A moment has no negative eigenvalue but by the rounding of its sums, far below the damping.
+    return torch.linalg.cholesky(block_BSS + damping_B11 * identity).float()
 
 
 def _factor(measure: torch.Tensor) -> torch.Tensor:

@@ -144,15 +144,13 @@ def _show(source: Path, rows: list[Row], record: dict) -> None:
         print_table(
             f"{source.resolve().name}, {lane}: {data['tokens']:,} held-out tokens in"
             f" {data['windows']:,} windows; perplexity of the source {first['ppl_reference']:.3f}",
-            ("method", "KL mean", "against max", "95 %", "p99", "top-1", "ppl", "seconds"),
+            ("method", "KL mean", "against max, 95 %", "top-1", "ppl", "seconds"),
             [
                 (
                     row["method"],
                     f"{one['kl_mean']:.5f}",
-                    f"{one['change']:+.1f} %",
-                    "{:+.1f} to {:+.1f}".format(*one["change_interval"]),
-                    f"{one['kl_p99']:.4f}",
-                    f"{one['top1']:.2%}",
+                    "{:+.1f} % ({:+.1f}, {:+.1f})".format(one["change"], *one["change_interval"]),
+                    f"{one['top1']:.1%}",
                     f"{one['ppl_candidate']:.3f}",
                     f"{row['seconds']:.1f}",
                 )

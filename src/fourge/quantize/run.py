@@ -240,7 +240,7 @@ def _record(job: Job, target: Target, coverage: Coverage, report: Report) -> dic
         "finished": True,
         "fourge": __version__,
         "fingerprint": target.fingerprint,
-        "plan": describe(plan),
+        "plan": describe(plan) | {"method": target.method},
         "data": job.corpus.record,
         "statistics": [
             target.statistics_path(layer.layer).relative_to(target.out).as_posix()

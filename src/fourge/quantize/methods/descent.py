@@ -22,8 +22,9 @@ from fourge.formats import kernels
 from fourge.formats.layout import BLOCK_SIZE
 from fourge.formats.nvfp4 import NVFP4Tensor
 from fourge.models import chunks
-from fourge.quantize.methods.expert import Expert, Quantized, tensor_scales
+from fourge.quantize.methods.expert import POOLS, Expert, Quantized
 from fourge.quantize.methods.full import Full, full_measure
+from fourge.quantize.methods.search import Scales, search_expert
 
 ROUNDS = 2
 # Changes reach columns beyond a panel of so many in one product when it is done.
@@ -34,20 +35,17 @@ PANEL = 128
 
 def quantize_expert(expert: Expert, measures: Measures) -> Quantized:
     """CheckpointError if a weight is NaN or infinite."""
-    scales = tensor_scales(expert)
-    gate_up = full_measure(measures.gate_up)
-    found = {
-        name: _quantize(getattr(expert, name), scales[name], gate_up)
-        for name in ("gate_proj", "up_proj")
+    fulls = [full_measure(one) for one in measures]
+    begun = search_expert(expert, [full.factor_BSS for full in fulls])
+    return {
+        name: _quantize(getattr(expert, name), begun[name], full)
+        for pool, full in zip(POOLS, fulls, strict=True)
+        for name in pool
     }
-    del gate_up
-    measure = full_measure(measures.down)
-    return found | {"down_proj": _quantize(expert.down_proj, scales["down_proj"], measure)}
 
 
-def _quantize(weight: torch.Tensor, scale_2: torch.Tensor, full: Full) -> NVFP4Tensor:
-    w_NK, scale_2 = weight.float(), scale_2.to(weight.device)
-    scale_NB = kernels.search_scales(w_NK, scale_2, full.factor_BSS)
+def _quantize(weight: torch.Tensor, begun: Scales, full: Full) -> NVFP4Tensor:
+    w_NK, (scale_NB, scale_2) = weight.float(), begun
     q_NK = kernels.dequantize(kernels.round_to(w_NK, scale_NB, scale_2))
     slope_NK = (q_NK - w_NK) @ full.measure_KK
     for _ in range(ROUNDS):

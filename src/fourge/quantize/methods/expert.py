@@ -31,21 +31,25 @@ class Method(NamedTuple):
     rivals: tuple[str, ...] = ()
 
 
-def tensor_scales(expert: Expert, amax_range: float = nvfp4.AMAX_RANGE) -> dict[str, torch.Tensor]:
-    """``weight_scale_2`` of each projection: amax / amax_range, float32 [].
+# Projections that share one weight_scale_2: engines apply the gate's to up as well (vllm 0.33.0
+# modelopt.py:1055-1063).
+POOLS = (("gate_proj", "up_proj"), ("down_proj",))
 
-    gate and up share one, from the larger of their amax, because engines apply the gate's to both
-    (vllm 0.33.0 modelopt.py:1055-1063). CheckpointError: a weight is NaN or infinite.
-    """
-    gate, up, down = (
-        _amax(f"{expert.prefix}{name}.weight", weight)
-        for name, weight in zip(Expert._fields[1:], expert[1:], strict=True)
+
+def pool_amax(expert: Expert) -> tuple[float, ...]:
+    """The largest magnitude of each pool. CheckpointError: a weight is NaN or infinite."""
+    return tuple(
+        max(_amax(f"{expert.prefix}{name}.weight", getattr(expert, name)) for name in pool)
+        for pool in POOLS
     )
-    gate_up_scale = nvfp4.weight_scale_2(max(gate, up), amax_range)
+
+
+def tensor_scales(expert: Expert, amax_range: float = nvfp4.AMAX_RANGE) -> dict[str, torch.Tensor]:
+    """``weight_scale_2`` of each projection: amax of its pool / amax_range, float32 []."""
     return {
-        "gate_proj": gate_up_scale,
-        "up_proj": gate_up_scale,
-        "down_proj": nvfp4.weight_scale_2(down, amax_range),
+        name: nvfp4.weight_scale_2(amax, amax_range)
+        for pool, amax in zip(POOLS, pool_amax(expert), strict=True)
+        for name in pool
     }
 
 

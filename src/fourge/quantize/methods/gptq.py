@@ -14,8 +14,9 @@ from fourge.calibrate.moments import Measures
 from fourge.formats import e2m1, fp8, kernels
 from fourge.formats.layout import BLOCK_SIZE
 from fourge.formats.nvfp4 import NVFP4Tensor
-from fourge.quantize.methods.expert import Expert, Quantized, tensor_scales
-from fourge.quantize.methods.full import Full, full_measure, inverse_factor
+from fourge.quantize.methods.expert import POOLS, Expert, Quantized
+from fourge.quantize.methods.full import full_measure, inverse_factor
+from fourge.quantize.methods.search import Scales, search_expert
 
 # Errors reach columns beyond a panel in one product when it is done.
 PANEL = 128
@@ -23,20 +24,17 @@ PANEL = 128
 
 def quantize_expert(expert: Expert, measures: Measures) -> Quantized:
     """CheckpointError if a weight is NaN or infinite."""
-    scales, found = tensor_scales(expert), {}
-    for names, moment in zip((("gate_proj", "up_proj"), ("down_proj",)), measures, strict=True):
-        full = full_measure(moment)
+    fulls, found = [full_measure(one) for one in measures], {}
+    scales = search_expert(expert, [full.factor_BSS for full in fulls])
+    for pool, full in zip(POOLS, fulls, strict=True):
         factor_KK = inverse_factor(full.measure_KK)
-        for name in names:
-            found[name] = _quantize(getattr(expert, name), scales[name], full, factor_KK)
+        for name in pool:
+            found[name] = _quantize(getattr(expert, name), scales[name], factor_KK)
     return found
 
 
-def _quantize(
-    weight: torch.Tensor, scale_2: torch.Tensor, full: Full, factor_KK: torch.Tensor
-) -> NVFP4Tensor:
-    w_NK, scale_2 = weight.float(), scale_2.to(weight.device)
-    scale_NB = kernels.search_scales(w_NK, scale_2, full.factor_BSS)
+def _quantize(weight: torch.Tensor, scales: Scales, factor_KK: torch.Tensor) -> NVFP4Tensor:
+    w_NK, (scale_NB, scale_2) = weight.float(), scales
     divisor_NB = fp8.from_e4m3(scale_NB) * scale_2
     for first in range(0, w_NK.shape[1], PANEL):
         stop = min(first + PANEL, w_NK.shape[1])

@@ -13,13 +13,14 @@ import torch
 from fourge.calibrate.kinds import Kind
 from fourge.calibrate.moments import ExpertInputs, LayerInputs, Measures
 from fourge.checkpoint.names import PROJECTIONS, expert_name
+from fourge.errors import CheckpointError
 from fourge.layerwise.groups import Group
 from fourge.models.config import ModelConfig
 from fourge.models.moe import Observer, Routed
 from fourge.quantize import judge
 from fourge.quantize.fitting import Fitting
 from fourge.quantize.methods import METHODS
-from fourge.quantize.methods.expert import Expert, Quantized
+from fourge.quantize.methods.expert import Expert, Quantized, pool_amax
 from fourge.quantize.recipe import NEEDS
 
 NOTHING = Measures(torch.empty(0), torch.empty(0))
@@ -85,11 +86,19 @@ class Inputs:
         names = [expert_name(group.layer, expert, projection) for projection in PROJECTIONS]
         prefix = names[0].removesuffix("gate_proj.weight")
         own = Expert(prefix, *(weights[name] for name in names))
+        pool_amax(own)  # a weight that is not finite is named before anything is made of it
         candidates = (method, *METHODS[method].rivals)
         for name in candidates:
             if name not in known.made:
                 began = time.monotonic()
-                known.made[name] = METHODS[name].quantize(own, self._measures(expert, own, name))
+                measures = self._measures(expert, own, name)
+                if not all(bool(one.isfinite().all()) for one in measures):
+                    raise CheckpointError(
+                        f"activations of layer {group.layer} are not finite (inputs of"
+                        f" {prefix.removesuffix('.')}): the source's weights overflow; check the"
+                        " source."
+                    )
+                known.made[name] = METHODS[name].quantize(own, measures)
                 known.seconds[name] = time.monotonic() - began
         found = {name: known.made[name] for name in candidates}
         if len(candidates) == 1:

@@ -15,7 +15,7 @@ many of them the held-out tokens exceed, and how far: there activations saturate
 A scale that is a little larger loses nothing, but E4M3 block scales then lie elsewhere between
 their eight steps to a doubling, and every block is rounded a little differently. How much that
 alone does is measured with headrooms of 2^(1/8) to 2^(7/8): what passes change is something only
-where it exceeds that.
+where it exceeds that. A headroom of a power of two changes nothing but what saturates.
 """
 
 import argparse
@@ -60,14 +60,17 @@ class Variant(NamedTuple):
 VARIANTS = {
     THREE: Variant(),
     "coding": Variant("coding"),
+    "coding, headroom 2": Variant("coding", headroom=2),
     "coding+broad": Variant("coding+broad"),
     "random tokens": Variant("random"),
+    "random tokens, headroom 2": Variant("random", headroom=2),
     "held-out windows": Variant("held-out"),
     "headroom 4": Variant(headroom=4),
     "headroom 16": Variant(headroom=16),
     **{f"headroom 2^({step}/8)": Variant(headroom=2 ** (step / 8)) for step in range(1, 8)},
     "expert": Variant(policy="expert"),
     "expert, coding": Variant("coding", policy="expert"),
+    "expert, coding, headroom 8": Variant("coding", policy="expert", headroom=8),
     "expert, random tokens": Variant("random", policy="expert"),
     OWN_HELD_OUT: Variant("held-out", policy="expert"),
     "expert, headroom 4": Variant(policy="expert", headroom=4),

@@ -29,7 +29,7 @@ class Case(NamedTuple):
     def of(cls, source: Path, folder: Path, vocab: int) -> "Case":
         """Quantize ``source`` into ``folder``."""
         data = write_input_ids(folder / "data.jsonl", sequences=8, length=64, vocab=vocab)
-        done = run("quantize", source, folder / "made", "--data", data)
+        done = run("quantize", source, folder / "made", "--method", "max", "--data", data)
         assert done.status == 0, done.stderr
         return cls(source, folder / "made")
 

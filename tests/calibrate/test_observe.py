@@ -21,8 +21,9 @@ def test_figures_equal_a_direct_computation():
     statistics = empty()
     x_ND, h_NF = torch.randn(10, 8), torch.randn(10, 4)
     observe = statistics.observer(1)
-    observe(2, x_ND[:3], h_NF[:3])
-    observe(2, x_ND[3:], h_NF[3:])
+    gate_N = torch.ones(len(x_ND))
+    observe(2, x_ND[:3], h_NF[:3], gate_N[:3])
+    observe(2, x_ND[3:], h_NF[3:], gate_N[3:])
     assert statistics.tokens.tolist() == [[0, 0, 0], [0, 0, 10]]
     assert statistics.gate_up_amax[1, 2] == x_ND.abs().max()
     assert statistics.down_amax[1, 2] == h_NF.abs().max()
@@ -34,7 +35,7 @@ def test_figures_equal_a_direct_computation():
 
 def test_statistics_survive_saving(tmp_path: Path):
     statistics = empty()
-    statistics.observer(0)(1, torch.ones(2, 8), torch.ones(2, 4) * 3)
+    statistics.observer(0)(1, torch.ones(2, 8), torch.ones(2, 4) * 3, torch.ones(2))
     statistics.save(tmp_path / "layer.safetensors")
     loaded = LayerStatistics.load(tmp_path / "layer.safetensors")
     for name in LayerStatistics.__dataclass_fields__:
@@ -48,19 +49,19 @@ def test_statistics_survive_saving(tmp_path: Path):
 def test_activations_that_are_not_finite_stop_the_run(value: float):
     statistics = empty()
     x_ND = torch.ones(2, 8)
-    statistics.observer(0)(0, x_ND, torch.ones(2, 4))
+    statistics.observer(0)(0, x_ND, torch.ones(2, 4), torch.ones(2))
     statistics.check_finite(5)
     x_ND[1, 1] = value
-    statistics.observer(0)(0, x_ND, torch.ones(2, 4))
+    statistics.observer(0)(0, x_ND, torch.ones(2, 4), torch.ones(2))
     with pytest.raises(CheckpointError, match="activations of layer 5 are not finite"):
         statistics.check_finite(5)
 
 
 def test_coverage_counts_over_passes_and_names_the_unseen():
     statistics = empty()
-    statistics.observer(0)(0, torch.ones(2, 8), torch.ones(2, 4))
-    statistics.observer(1)(0, torch.ones(3, 8), torch.ones(3, 4))
-    statistics.observer(1)(2, torch.ones(1, 8), torch.ones(1, 4))
+    statistics.observer(0)(0, torch.ones(2, 8), torch.ones(2, 4), torch.ones(2))
+    statistics.observer(1)(0, torch.ones(3, 8), torch.ones(3, 4), torch.ones(3))
+    statistics.observer(1)(2, torch.ones(1, 8), torch.ones(1, 4), torch.ones(1))
     record = layer_record(7, ("coding", "broad"), statistics)
     assert record["never_seen"] == [1]
     assert record["passes"]["broad"]["tokens"] == [3, 0, 1]

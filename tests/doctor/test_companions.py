@@ -25,7 +25,7 @@ def made(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("example")
     data = folder / "data.jsonl"
     data.write_text(json.dumps({"text": "def add(a, b):\n    return a + b\n" * 20}) + "\n")
-    done = run("quantize", tiny_glm, folder / "made", "--data", data)
+    done = run("quantize", tiny_glm, folder / "made", "--method", "max", "--data", data)
     assert done.status == 0, done.stderr
     return folder / "made"
 

@@ -25,7 +25,7 @@ PROMPTS = [random_tokens(length, length) for length in (5, 40, 150)]
 def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     data = write_input_ids(folder / "data.jsonl", sequences=8, length=64, vocab=256)
-    done = run("quantize", model, folder / "out", "--data", data)
+    done = run("quantize", model, folder / "out", "--method", "max", "--data", data)
     assert done.status == 0, done.stderr
     return folder / "out"
 

@@ -81,7 +81,7 @@ def data(tiny_glm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tiny_glm: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quantized") / "tiny-glm-NVFP4"
-    done = run("quantize", tiny_glm, out, "--data", data)
+    done = run("quantize", tiny_glm, out, "--method", "max", "--data", data)
     assert done.status == 0, done.stderr
     return out
 

@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def good(reference: Path, data: Path) -> Path:
     """A checkpoint that works; tests break a copy of it."""
     out = reference.parent / "made"
-    done = run("quantize", reference, out, "--data", data)
+    done = run("quantize", reference, out, "--method", "max", "--data", data)
     assert done.status == 0, done.stderr
     return out
 

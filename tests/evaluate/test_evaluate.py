@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
 
 def quantized(source: Path, data: Path, out: Path) -> Path:
-    done = run("quantize", source, out, "--data", data)
+    done = run("quantize", source, out, "--method", "max", "--data", data)
     assert done.status == 0, done.stderr
     return out
 
@@ -496,7 +496,9 @@ def test_the_mtp_layer_changes_no_figure(tmp_path: Path):
     source = write_checkpoint(tmp_path / "source", config=published_config())
     data = write_input_ids(tmp_path / "ids.jsonl", sequences=3, length=LONG, vocab=256)
     made = quantized(source, data, tmp_path / "made")
-    done = run("quantize", source, tmp_path / "dropped", "--data", data, "--mtp", "drop")
+    done = run(
+        "quantize", source, tmp_path / "dropped", "--method", "max", "--data", data, "--mtp", "drop"
+    )
     assert done.status == 0, done.stderr
 
     found = [

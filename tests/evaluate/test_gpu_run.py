@@ -36,7 +36,19 @@ def arguments(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     source = write_checkpoint(folder / "source", config=config, traps=False)
     data = write_input_ids(folder / "ids.jsonl", sequences=12, length=160, vocab=256)
     out = folder / "out"
-    fourge("quantize", source, out, "--data", data, "--device", "cpu", "--dtype", "float32")
+    fourge(
+        "quantize",
+        source,
+        out,
+        "--method",
+        "max",
+        "--data",
+        data,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    )
     return [out, "--reference", source, "--data", data, "--json"]
 
 

@@ -58,7 +58,7 @@ def make_case(
     made = []
     for number in range(candidates):
         made.append(folder / f"made-{number}")
-        done = run("quantize", reference, made[-1], "--data", data)
+        done = run("quantize", reference, made[-1], "--method", "max", "--data", data)
         assert done.status == 0, done.stderr
     case = Case(reference, tuple(made), data, lane, {}, 0.0)
     run(*case.command(folder / "warm up"))

@@ -36,7 +36,7 @@ def figures(document: dict[str, Any]) -> dict[str, Any]:
 def test_the_smallest_memory_that_is_named_works_is_kept_and_changes_no_figure(roomy: Path):
     source = write_checkpoint(roomy / "source", config=LARGE, num_shards=1)
     data = write_input_ids(roomy / "ids.jsonl", sequences=2, length=128, vocab=8192)
-    done = run("quantize", source, roomy / "made", "--data", data)
+    done = run("quantize", source, roomy / "made", "--method", "max", "--data", data)
     assert done.status == 0, done.stderr
     command = ("evaluate", roomy / "made", "--reference", source, "--data", data, "--json")
     smallest = smallest_memory(*command)

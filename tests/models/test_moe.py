@@ -130,8 +130,8 @@ def test_every_split_of_the_experts_gives_the_same_bits(
 
 def observed(
     twin: Any, routed: Routed, **options: Any
-) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
-    calls: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+) -> list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    calls: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
     used = {f"mlp.experts.{expert}" for expert in routed.experts_TK.unique().tolist()}
     weights = twin.layer_weights(1).items()
     run_experts(
@@ -139,7 +139,7 @@ def observed(
         # An expert without tokens is not even looked up.
         {name: tensor for name, tensor in weights if name.rsplit(".", 2)[0] in used},
         range(8),
-        observe=lambda expert, x_ND, h_NI: calls.append((expert, x_ND, h_NI)),
+        observe=lambda expert, x_ND, h_NI, gate_N: calls.append((expert, x_ND, h_NI, gate_N)),
         **options,
     )
     return calls
@@ -152,14 +152,15 @@ def test_the_observer_sees_each_expert_once_with_its_tokens_in_order(
     routed = route(hidden, weights, twin.config)
     routed.experts_TK[routed.experts_TK == 5] = 4  # so that expert 5 gets nothing
     calls = observed(twin, routed)
-    assert [expert for expert, _, _ in calls] == [0, 1, 2, 3, 4, 6, 7]
-    for expert, x_ND, h_NI in calls:
-        tokens = (routed.experts_TK == expert).nonzero()[:, 0]
+    assert [expert for expert, *_ in calls] == [0, 1, 2, 3, 4, 6, 7]
+    for expert, x_ND, h_NI, gate_N in calls:
+        tokens, choices = (routed.experts_TK == expert).nonzero(as_tuple=True)
+        assert torch.equal(gate_N, routed.gates_TK[tokens, choices])
         assert torch.equal(x_ND, routed.x_TD[tokens])
         stem = f"mlp.experts.{expert}."
         gate, up = (x_ND @ weights[f"{stem}{name}_proj.weight"].T for name in ("gate", "up"))
         assert torch.allclose(h_NI, F.silu(gate) * up, atol=1e-5)
-    assert sum(len(x_ND) for _, x_ND, _ in calls) == 90 * 3
+    assert sum(len(x_ND) for _, x_ND, *_ in calls) == 90 * 3
 
 
 def test_an_expert_with_many_tokens_is_run_in_pieces(
@@ -171,8 +172,8 @@ def test_an_expert_with_many_tokens_is_run_in_pieces(
     monkeypatch.setattr(chunks, "EXPERT_ROWS", 7)
     monkeypatch.setattr(chunks, "ROWS", 11)
     calls = observed(twin, pieces)
-    assert max(len(x_ND) for _, x_ND, _ in calls) == 7
-    assert sum(len(x_ND) for _, x_ND, _ in calls) == 90 * 3
+    assert max(len(x_ND) for _, x_ND, *_ in calls) == 7
+    assert sum(len(x_ND) for _, x_ND, *_ in calls) == 90 * 3
     assert torch.allclose(whole.acc_TD, pieces.acc_TD, atol=1e-5)
     again = route(hidden, weights, twin.config)
     assert torch.equal(again.experts_TK, whole.experts_TK)

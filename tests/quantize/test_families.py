@@ -44,7 +44,7 @@ def test_experts_are_quantized_and_nothing_else(name: str, tmp_path: Path):
     data = write_input_ids(
         tmp_path / "ids.jsonl", sequences=SEQUENCES, length=LENGTH, vocab=config["vocab_size"]
     )
-    done = run("quantize", source, tmp_path / "out", "--data", data)
+    done = run("quantize", source, tmp_path / "out", "--method", "max", "--data", data)
     record = json.loads((tmp_path / "out" / "fourge" / "run.json").read_text())
     errors = [one["rule"] for one in record["doctor"] if one["severity"] == "error"]
     assert errors == ERRORS.get(name, []), done.stderr

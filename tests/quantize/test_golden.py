@@ -54,7 +54,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def quantize(source: Path, out: Path, data: Path) -> None:
     command = [sys.executable, "-m", "fourge.cli.main", "quantize"]
-    command += [str(source), str(out), "--data", str(data)]
+    command += [str(source), str(out), "--method", "max", "--data", str(data)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -1,5 +1,6 @@
 """A run on a GPU gives the codes of one on the CPU, and input scales that differ by rounding."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_codes_equal_those_of_the_cpu(source: Path, tmp_path: Path):
     data = write_input_ids(tmp_path / "ids.jsonl", sequences=12, length=96, vocab=256)
-    same = ("--dtype", "float32")
+    same = ("--dtype", "float32", "--method", "max")
     on_cpu = quantize(source, tmp_path / "cpu", data, "--device", "cpu", *same)
     on_gpu = quantize(source, tmp_path / "gpu", data, "--device", "cuda", *same)
     assert on_cpu.keys() == on_gpu.keys()
@@ -73,3 +74,25 @@ def test_expert_groups_change_no_bit(source: Path, tmp_path: Path):
     smallest = refused.stderr.split("--device-memory ")[1].split(" ")[0]
     cut = quantize(source, tmp_path / "cut", data, *command, smallest)
     assert all(torch.equal(_bytes(cut[name]), _bytes(tensor)) for name, tensor in whole.items())
+
+
+@pytest.mark.parametrize("method", ["local-hessian", "local-hessian+gptq", "local-hessian+descent"])
+def test_what_is_fitted_on_a_gpu_is_as_good_as_on_the_cpu(
+    method: str, source: Path, tmp_path: Path
+):
+    """Sums of moments differ in their rounding, so a few codes do; errors hardly."""
+    data = write_input_ids(tmp_path / "ids.jsonl", sequences=12, length=96, vocab=256)
+    options = ("--dtype", "float32", "--method", method)
+    errors = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        quantize(source, out, data, "--device", device, *options)
+        record = out / "fourge" / "statistics" / f"choices-{FIRST_SPARSE_LAYER:05d}.json"
+        errors[device] = json.loads(record.read_text())["errors"]
+    for lane in ("w4a16", "w4a4"):
+        ours, theirs, plain = (
+            sum(errors[device][name][lane])
+            for device, name in (("cuda", method), ("cpu", method), ("cpu", "max"))
+        )
+        assert ours == pytest.approx(theirs, rel=0.01)
+        assert ours < plain

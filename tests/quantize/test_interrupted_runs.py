@@ -30,7 +30,7 @@ class Case(NamedTuple):
     seconds: float
 
     def command(self, out: Path) -> list[object]:
-        return ["quantize", self.source, out, "--data", self.data]
+        return ["quantize", self.source, out, "--method", "max", "--data", self.data]
 
 
 def make_case(folder: Path, config: dict, *, sequences: int, length: int) -> Case:
@@ -212,7 +212,7 @@ def test_ctrl_c_while_starting_leaves_no_traceback(long: Case, tmp_path: Path) -
 
 def other_data(case: Case, folder: Path) -> tuple[list[object], list[str]]:
     data = write_input_ids(folder / "data.jsonl", sequences=24, length=160, vocab=256, seed=9)
-    return ["quantize", case.source, folder / "out", "--data", data], ["data"]
+    return ["quantize", case.source, folder / "out", "--method", "max", "--data", data], ["data"]
 
 
 def other_seed(case: Case, folder: Path) -> tuple[list[object], list[str]]:
@@ -229,7 +229,9 @@ def other_source(case: Case, folder: Path) -> tuple[list[object], list[str]]:
     for name in ("tokenizer", "generation_config.json"):
         copy = shutil.copytree if (case.source / name).is_dir() else shutil.copyfile
         copy(case.source / name, source / name)
-    return ["quantize", source, folder / "out", "--data", case.data], ["config.json"]
+    return ["quantize", source, folder / "out", "--method", "max", "--data", case.data], [
+        "config.json"
+    ]
 
 
 def other_shards(case: Case, folder: Path) -> tuple[list[object], list[str]]:
@@ -239,13 +241,15 @@ def other_shards(case: Case, folder: Path) -> tuple[list[object], list[str]]:
         path.unlink()
     for path in split.glob("model*"):
         path.rename(source / path.name)
-    return ["quantize", source, folder / "out", "--data", case.data], ["source shards"]
+    return ["quantize", source, folder / "out", "--method", "max", "--data", case.data], [
+        "source shards"
+    ]
 
 
 def other_copied_file(case: Case, folder: Path) -> tuple[list[object], list[str]]:
     source = shutil.copytree(case.source, folder / "other")
     (source / "generation_config.json").write_text('{"temperature": 1.0}')
-    command = ["quantize", source, folder / "out", "--data", case.data]
+    command = ["quantize", source, folder / "out", "--method", "max", "--data", case.data]
     return command, ["generation_config.json"]
 
 
@@ -284,10 +288,10 @@ def test_a_start_that_was_refused_for_its_data_binds_nobody(short: Case, tmp_pat
     """Nothing was made yet, so the mended file is welcome at the same place."""
     out, data = tmp_path / "out", tmp_path / "data.jsonl"
     data.write_text("not JSON\n")
-    refused(run("quantize", short.source, out, "--data", data), "data.jsonl:1")
+    refused(run("quantize", short.source, out, "--method", "max", "--data", data), "data.jsonl:1")
 
     shutil.copyfile(short.data, data)
-    done = run("quantize", short.source, out, "--data", data)
+    done = run("quantize", short.source, out, "--method", "max", "--data", data)
 
     assert done.status == 0, done.stderr
     assert contents(out) == short.whole
@@ -349,7 +353,7 @@ def test_an_output_within_the_source_or_around_it_is_refused(short: Case, tmp_pa
     before = contents(around)
 
     for out in (source, source / "out", source / "a" / "b", around, link, link / "out"):
-        refused(run("quantize", source, out, "--data", short.data), "source")
+        refused(run("quantize", source, out, "--method", "max", "--data", short.data), "source")
         assert contents(around) == before, out
 
 

@@ -50,7 +50,7 @@ def test_the_peak_stays_under_the_budget_whatever_the_checkpoint_weighs(
     dtype: str, spare: int, large: Path, data: Path, roomy: Path
 ) -> None:
     """The smallest budget, nearly, and one for some 15 experts more; both far below the weights."""
-    options = ("--data", data, "--dtype", dtype)
+    options = ("--method", "max", "--data", data, "--dtype", dtype)
     smallest = smallest_memory("quantize", large, roomy / "refused", *options)
     budget = smallest + spare * MIB
     assert budget < 0.85 * checkpoint_bytes(large)
@@ -71,7 +71,9 @@ def test_the_peak_does_not_grow_with_the_number_of_layers(roomy: Path) -> None:
     for layers in (4, 12):
         source = make_model(roomy / f"{layers} layers", num_hidden_layers=layers, **shape)
         weights[layers] = checkpoint_bytes(source)
-        result = run_watched("quantize", source, roomy / f"out {layers}", "--data", data)
+        result = run_watched(
+            "quantize", source, roomy / f"out {layers}", "--method", "max", "--data", data
+        )
         assert result.status == 0, result.stderr
         peaks[layers] = result.peak
 

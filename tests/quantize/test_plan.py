@@ -13,6 +13,7 @@ from fourge.layerwise.budget import Budget, format_bytes
 from fourge.models.footprint import Load
 from fourge.models.survey import Source, survey
 from fourge.quantize import plan as planning
+from fourge.quantize.fitting import Fitting
 from fourge.quantize.memory import Workload
 from fourge.quantize.plan import Plan, describe, make_plan, upper_workload
 from fourge.quantize.recipe import load_recipe
@@ -21,7 +22,7 @@ from random_checkpoint import published_config, write_checkpoint
 
 GIB = 1 << 30
 RECIPE = load_recipe("glm-5.1")
-SMALL = Workload(tokens=64, passes=1, load=Load(64, 64), workers=2)
+SMALL = Workload(64, 1, Load(64, 64), workers=2, fitting=Fitting(("max",)))
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,8 @@ def glm_5_1(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def glm_plan(source: Source, **budget: int) -> Plan:
-    return make_plan(source, RECIPE, upper_workload(source, RECIPE, workers=8), Budget(**budget))
+    workload = upper_workload(source, RECIPE, on_device=bool(budget.get("device")))
+    return make_plan(source, RECIPE, replace(workload, workers=8), Budget(**budget))
 
 
 def test_glm_5_1_plans_on_24_gib_of_host_memory(glm_5_1: Source):

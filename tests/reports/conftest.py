@@ -60,7 +60,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     calibration = write_input_ids(folder / "calibration.jsonl", sequences=4, **ids)
     data = write_input_ids(folder / "held-out.jsonl", sequences=4, seed=1, **ids)
     out = folder / "Some-Model-NVFP4"
-    good("quantize", source, out, "--data", calibration)
+    good("quantize", source, out, "--method", "max", "--data", calibration)
     good("doctor", out, "--source", source, "--record")
     good("evaluate", out, "--reference", source, "--data", data)
     return Recorded(out, source)

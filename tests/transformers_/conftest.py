@@ -60,7 +60,7 @@ def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
             folder = tmp_path_factory.mktemp("quantized")
             source = write_checkpoint(folder / "source", config=VARIANTS[variant], traps=False)
             data = write_input_ids(folder / "ids.jsonl", sequences=3, length=48, vocab=VOCABULARY)
-            done = run("quantize", source, folder / "made", "--data", data)
+            done = run("quantize", source, folder / "made", "--method", "max", "--data", data)
             assert done.status == 0, done.stderr
             made[variant] = folder / "made"
         return made[variant]

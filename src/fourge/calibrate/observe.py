@@ -48,7 +48,9 @@ class LayerStatistics:
     def observer(self, pass_index: int) -> Observer:
         """The callback that adds one expert's tokens to the figures of a pass."""
 
-        def observe(expert: int, x_ND: torch.Tensor, h_NF: torch.Tensor) -> None:
+        def observe(
+            expert: int, x_ND: torch.Tensor, h_NF: torch.Tensor, _gate_N: torch.Tensor
+        ) -> None:
             at = (pass_index, expert)
             self.tokens[at] += x_ND.shape[0]
             for amax, square_sum, values in (

@@ -33,6 +33,19 @@ RecipeName = Annotated[
         help="glm-5.1, data, demo, or a TOML file. Default: data for quantize, glm-5.1 for plan.",
     ),
 ]
+MethodChoice = Annotated[
+    Literal[
+        "max",
+        "four-over-six",
+        "mse",
+        "weighted-mse",
+        "local-hessian",
+        "local-hessian+gptq",
+        "local-hessian+descent",
+    ]
+    | None,
+    typer.Option("--method", help="How scales and codes of weights are chosen."),
+]
 MtpChoice = Annotated[
     Literal["bf16", "drop"] | None,
     typer.Option("--mtp", help="Keep the MTP layer in BF16, or leave it out."),

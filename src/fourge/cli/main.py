@@ -21,6 +21,7 @@ VERBS = (
     "quantize",
     "doctor",
     "evaluate",
+    "compare",
     "report",
     "serve",
     "chat",

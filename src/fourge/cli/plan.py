@@ -6,6 +6,7 @@ from fourge.cli.arguments import (
     AsJson,
     DeviceMemory,
     HostMemory,
+    MethodChoice,
     MtpChoice,
     RecipeName,
     SourceFolder,
@@ -16,7 +17,6 @@ from fourge.layerwise.budget import (
     TYPICAL_GPU_BASE_BYTES,
     Budget,
     default_host_budget,
-    default_workers,
     format_bytes,
 )
 from fourge.models.survey import survey
@@ -30,6 +30,7 @@ DEFAULT_RECIPE = "glm-5.1"
 def plan(
     source: SourceFolder,
     recipe: RecipeName = None,
+    method: MethodChoice = None,
     mtp: MtpChoice = None,
     memory: HostMemory = None,
     device_memory: DeviceMemory = None,
@@ -41,9 +42,9 @@ def plan(
     for a GPU with that much memory, without it for the CPU.
     """
     chosen = load_recipe(recipe or DEFAULT_RECIPE)
-    chosen = replace(chosen, mtp=mtp or chosen.mtp)
+    chosen = replace(chosen, mtp=mtp or chosen.mtp, method=method or chosen.method)
     surveyed = survey(source, mtp=chosen.mtp)
-    workload = upper_workload(surveyed, chosen, workers=default_workers())
+    workload = upper_workload(surveyed, chosen, on_device=bool(device_memory))
     budget = Budget(
         memory or default_host_budget(),
         base=TYPICAL_GPU_BASE_BYTES if device_memory else TYPICAL_BASE_BYTES,
@@ -62,7 +63,7 @@ def _show(document: dict) -> None:
     memory, disk = document["memory"], document["disk"]
     print_table(
         f"{document['model_type']}, {document['layers']} layers, MTP {document['mtp']},"
-        f" recipe {document['recipe']}",
+        f" recipe {document['recipe']}, method {document['method']}",
         ("role", "tensors", "bytes"),
         [
             (role, entry["tensors"], format_bytes(entry["bytes"]))

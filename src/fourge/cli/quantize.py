@@ -9,6 +9,7 @@ from fourge.cli.arguments import (
     AsJson,
     DeviceMemory,
     HostMemory,
+    MethodChoice,
     MtpChoice,
     RecipeName,
     SourceFolder,
@@ -32,8 +33,15 @@ def quantize(
             " the recipe, or for one. May be repeated.",
         ),
     ] = None,
-    method: Annotated[Literal["max"] | None, typer.Option(help="How scales are chosen.")] = None,
+    method: MethodChoice = None,
     mtp: MtpChoice = None,
+    input_scale: Annotated[
+        Literal["layer", "expert"] | None,
+        typer.Option(help="Whose largest activation an expert's input_scale comes from."),
+    ] = None,
+    input_headroom: Annotated[
+        float | None, typer.Option(help="Factor, 1 or more, on every input_scale.")
+    ] = None,
     memory: HostMemory = None,
     device_memory: DeviceMemory = None,
     device: Annotated[
@@ -63,6 +71,8 @@ def quantize(
         data=data or (),
         method=method,
         mtp=mtp,
+        input_scale=input_scale,
+        input_headroom=input_headroom,
         seed=seed,
         max_bad_share=max_bad_share,
     )
@@ -102,6 +112,8 @@ def _show_summary(out: Path, record: dict) -> None:
         f"  data      recipe {plan['recipe']}, {record['data']['tokens']:,} tokens in"
         f" {record['data']['sequences']:,} sequences, {unusable}"
     )
+    chosen = ", ".join(f"{count:,} {name}" for name, count in record["method"]["experts"].items())
+    say(f"  method    {record['method']['asked']}; of the experts, {chosen}")
     say(
         f"  coverage  {coverage['min_tokens']:,} / {coverage['median_tokens']:,.0f} tokens per"
         f" expert (min / median), {coverage['never_seen']:,} of {coverage['experts']:,} experts"

@@ -41,6 +41,9 @@ EVIDENT, MANY = 0.9, 4
 # weights are within NEAR of each other (which rounds up to 448). How common that is, weight_scale_2
 # of neighbouring experts shows: weights of a bounded law all have the same.
 TIED_LATER, MANY_PAIRS = 0.99, 64
+# Blocks whose codes are read of every projection; the part of them without a code 6 that damage may
+# explain. Of searched scales it is a third and more.
+LOOK_AT, SHORT = 64, 0.05
 NEAR, COMMON = 448 / 432, 0.75
 
 
@@ -60,6 +63,8 @@ class BlockFacts:
     lost: int  # of scale 0 with codes that are not
     idle: int  # at 448 with codes of 0 only
     flat: int  # at 448 with codes of +-6 only
+    looked_at: int  # blocks at the beginning whose codes were read
+    short: int  # of those, with weights but none that reaches the code 6, as ``max`` makes one
     typical: float  # their median, as a number
 
     @property
@@ -117,7 +122,12 @@ def check_blocks(evidence: Evidence, facts: Sequence[BlockFacts]) -> Iterator[Fi
 
 
 def is_max_export(facts: Sequence[BlockFacts]) -> bool:
-    """Whether nearly all experts' largest block scale is 448."""
+    """Whether scales are amax / 6: nearly all experts' largest block scale is 448, and the largest
+    weight of nearly every block has the code 6. Scales that were searched for leave many below.
+    """
+    looked_at, short = sum(one.looked_at for one in facts), sum(one.short for one in facts)
+    if short > SHORT * looked_at:
+        return False
     highest = [
         max(one.highest for one in pool)
         for pool in _pooled(facts).values()
@@ -178,6 +188,8 @@ def _examine(files: Files, projection: Projection) -> BlockFacts:
         codes = _codes(files, projection.parts["weight"], _where(scale == LARGEST))
         idle = int((~_has_weights(codes)).sum())
         flat = int(((codes & 0x77) == 0x77).all(dim=1).sum())
+    first = _codes(files, projection.parts["weight"], torch.arange(min(LOOK_AT, len(scale))))
+    short = int((_has_weights(first) & ~_reaches_six(first)).sum())
     numbers = [byte for byte in range(LARGEST + 1) if counts[byte]]
     return BlockFacts(
         projection=projection,
@@ -192,6 +204,8 @@ def _examine(files: Files, projection: Projection) -> BlockFacts:
         lost=lost,
         idle=idle,
         flat=flat,
+        looked_at=len(first),
+        short=short,
         typical=_median(counts),
     )
 
@@ -228,6 +242,11 @@ def _codes(files: Files, weight: TensorInfo, blocks: Tensor) -> Tensor:
 def _has_weights(codes: Tensor) -> Tensor:
     """bool [blocks]: whether any code is neither 0 nor minus 0."""
     return ((codes & 0x77) != 0).any(dim=1)
+
+
+def _reaches_six(codes: Tensor) -> Tensor:
+    """bool [blocks]: whether any code is 6 or -6."""
+    return (((codes & 0x07) == 0x07) | ((codes & 0x70) == 0x70)).any(dim=1)
 
 
 def _damaged(evidence: Evidence, facts: Sequence[BlockFacts]) -> Iterator[Finding]:

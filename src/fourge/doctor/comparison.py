@@ -33,6 +33,8 @@ from fourge.models.chunks import slices
 # A projection is looked at again below this cosine, with a best factor farther from 1 than this,
 # or with a relative RMS so much larger than the median of its kind.
 LOW_COSINE, FACTOR_TOLERANCE, FAR = 0.98, 0.03, 1.25
+# Fitted to inputs, weights err most where inputs are least, and how much differs by expert.
+FAR_FITTED = 2.0
 # Its error is the arithmetic's own if "max" with the same scale would err as much.
 OWN_ERROR = 1.1
 # Part of a max export's projections that may differ in some bits, and be named for it.
@@ -281,8 +283,8 @@ def _summary(layer: int, name: str, group: Sequence[Comparison]) -> dict[str, An
 # ---- judging
 
 
-def suspicious(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """What must be looked at again: far from its source, or far from the others of its kind."""
+def suspicious(comparisons: Sequence[Comparison], *, far: float) -> list[Comparison]:
+    """What must be looked at again: far from its source, or ``far`` times as far as its kind."""
     sound = [one for one in comparisons if one.is_number and one.sums.square > 0]
     typical = {
         name: statistics.median(one.relative_rms for one in sound if one.projection.name == name)
@@ -293,7 +295,7 @@ def suspicious(comparisons: Sequence[Comparison]) -> list[Comparison]:
         for one in sound
         if one.cosine < LOW_COSINE
         or not abs(one.factor - 1) <= FACTOR_TOLERANCE
-        or one.relative_rms > FAR * typical[one.projection.name]
+        or one.relative_rms > far * typical[one.projection.name]
     ]
 
 

@@ -200,6 +200,15 @@ class Evidence:
             if parsed is not None and parsed.layer is not None and parsed.layer >= last
         }
 
+    @cached_property
+    def is_fitted_to_inputs(self) -> bool:
+        """Whether fourge's record says that weights were fitted to what they are multiplied with:
+        their own error is then not what was kept small.
+        """
+        method = (self.json_file("fourge/run.json") or {}).get("method")
+        asked = method.get("asked") if isinstance(method, dict) else None
+        return isinstance(asked, str) and asked.startswith(("weighted", "local-hessian"))
+
     def quantized_layers(self) -> set[int]:
         """Layers with at least one packed expert projection."""
         return {key[0] for key, projection in self.experts.items() if projection.is_packed}

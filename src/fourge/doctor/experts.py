@@ -19,6 +19,8 @@ from fourge.doctor.blocks import (
     typical_scales,
 )
 from fourge.doctor.comparison import (
+    FAR,
+    FAR_FITTED,
     Comparison,
     Weights,
     check_bits,
@@ -128,7 +130,10 @@ def _judge(
     """S07, S08, V: what the comparison shows beyond what other rules told."""
     evidence = weights.evidence
     told = _named(evidence, _of_rules(numbers, EXPLAINED_BY))
-    suspects = [one for one in suspicious(comparisons) if one.projection.tensor() not in told]
+    far = FAR_FITTED if evidence.is_fitted_to_inputs else FAR
+    suspects = [
+        one for one in suspicious(comparisons, far=far) if one.projection.tensor() not in told
+    ]
     diagnoses = diagnose(weights, suspects, on_progress)
     named = {one.projection.tensor() for one in diagnoses}
     compared = {one.projection.tensor() for one in comparisons if one.is_number}
@@ -151,8 +156,12 @@ def _judge(
         numbers.checked.append("V03")
         numbers.not_checked["V04"] = "a max export is what it would be compared with"
     else:
-        numbers.findings += check_blocks_against_max(comparisons, told | named)
-        numbers.checked.append("V04")
+        if evidence.is_fitted_to_inputs:
+            reason = "fourge/run.json says that weights were fitted to inputs, not to the source's"
+            numbers.not_checked["V04"] = reason
+        else:
+            numbers.findings += check_blocks_against_max(comparisons, told | named)
+            numbers.checked.append("V04")
         numbers.not_checked["V03"] = "holds for max exports only"
 
 

@@ -43,13 +43,15 @@ def amax(w: Tensor) -> float:
     return w.abs().max().item()
 
 
-def weight_scale_2(amax: float) -> Tensor:
+def weight_scale_2(amax: float, amax_range: float = AMAX_RANGE) -> Tensor:
     """float32 []: amax / 2688; for an amax of 0 the safe 1/2688, where ModelOpt writes 0 and NaN.
+
+    ``amax_range``: the largest magnitude at a scale of 1, 2688 unless block scales keep headroom.
 
     ValueError: amax is negative or not finite.
     """
     _check_scalar(amax)
-    scale = torch.tensor(amax, dtype=torch.float32) / AMAX_RANGE
+    scale = torch.tensor(amax, dtype=torch.float32) / amax_range
     return torch.where(scale == 0, SAFE_SCALE_2, scale)
 
 

@@ -47,14 +47,16 @@ def split_experts(tensors: Iterable[TensorInfo]) -> LayerParts:
     return rest, [experts[expert] for expert in sorted(experts)]
 
 
-def cut(layer: int, parts: LayerParts, capacity: int) -> tuple[Group, ...]:
-    """Cut a layer into groups of at most ``capacity`` bytes: the rest first, then whole experts."""
+def cut(layer: int, parts: LayerParts, capacity: int, beside: int = 0) -> tuple[Group, ...]:
+    """Cut a layer into groups of at most ``capacity`` bytes: the rest first, then whole experts,
+    each of which takes ``beside`` more than its weights.
+    """
     rest, experts = parts
     cuts: list[tuple[list[TensorInfo], int, int]] = [([*rest], 0, 0)]
     size = aligned_bytes(rest)
     for expert, own in enumerate(experts):
         members, first, _ = cuts[-1]
-        added = aligned_bytes(own)
+        added = aligned_bytes(own) + beside
         if size + added > capacity:
             cuts.append(([*own], expert, expert + 1))
             size = added
@@ -68,12 +70,12 @@ def cut(layer: int, parts: LayerParts, capacity: int) -> tuple[Group, ...]:
     )
 
 
-def measure_pieces(layers: Sequence[LayerParts]) -> Pieces:
-    """The sizes that a memory budget must reckon with."""
+def measure_pieces(layers: Sequence[LayerParts], beside: int = 0) -> Pieces:
+    """The sizes that a memory budget must reckon with; ``beside``: see cut."""
     whole = least = tensor = 1
     for rest, experts in layers:
         parts = [rest, *experts]
-        whole = max(whole, sum(aligned_bytes(part) for part in parts))
-        least = max(least, *(aligned_bytes(part) for part in parts))
+        sizes = [aligned_bytes(rest), *(aligned_bytes(part) + beside for part in experts)]
+        whole, least = max(whole, sum(sizes)), max(least, *sizes)
         tensor = max(tensor, *(info.nbytes for part in parts for info in part))
     return Pieces(whole, least, tensor)

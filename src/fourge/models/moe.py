@@ -26,8 +26,8 @@ from fourge.models.norm import rms_norm
 
 # T tokens, D hidden, K experts per token, E experts, N tokens of one step, I intermediate
 
-# Expert, its input x_ND, the input of its down_proj h_NI: see run_experts.
-Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
+# Expert, its input x_ND, the input of its down_proj h_NI, routing weights: see run_experts.
+Observer = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 class InputScales(NamedTuple):
@@ -56,7 +56,7 @@ def dense_mlp(
     out_TD = torch.empty_like(hidden_TD)
     for rows in chunks.slices(len(hidden_TD), chunks.ROWS):
         x_ND = _post_norm(hidden_TD[rows], weights, config)
-        out_TD[rows] = hidden_TD[rows] + linear(_inner(x_ND, mlp), mlp["down_proj"])
+        out_TD[rows] = hidden_TD[rows] + linear(inner(x_ND, mlp), mlp["down_proj"])
     return out_TD
 
 
@@ -78,7 +78,7 @@ def route(
         x_ND = _post_norm(hidden_TD[rows], weights, config)
         x_TD[rows] = x_ND
         if shared is not None:
-            acc_TD[rows] += linear(_inner(x_ND, shared), shared["down_proj"])
+            acc_TD[rows] += linear(inner(x_ND, shared), shared["down_proj"])
         chosen.append(_choose(linear(x_ND.float(), router_ED), bias_E, config))
     experts, gates = zip(*chosen, strict=True)
     return Routed(x_TD, torch.cat(experts), torch.cat(gates), acc_TD)
@@ -95,9 +95,9 @@ def run_experts(
     """Add the experts of the range into ``routed.acc_TD``, in place; other experts' weights are
     not looked at. Weights are BF16 or NVFP4, which is expanded an expert at a time.
 
-    ``observe(expert, x_ND, h_NI)`` gets the input of gate and up and the input of down for the
-    tokens of an expert, in token order, at most chunks.EXPERT_ROWS tokens a call; an expert
-    without tokens is not reported.
+    ``observe(expert, x_ND, h_NI, gate_N)`` gets the input of gate and up, the input of down and the
+    routing weights of an expert's tokens, in token order, at most chunks.EXPERT_ROWS tokens a
+    call; an expert without tokens is not reported.
     """
     num_choices = routed.experts_TK.shape[1]
     expert_S, order_S = routed.experts_TK.flatten().sort(stable=True)
@@ -115,9 +115,9 @@ def run_experts(
             x_ND = routed.x_TD[tokens_N]
             if input_scales is not None:
                 x_ND = kernels.quantize_activations(x_ND, input_scales.gate_up_E[expert])
-            h_NI = _inner(x_ND, mlp)
+            h_NI = inner(x_ND, mlp)
             if observe is not None:
-                observe(expert, x_ND, h_NI)
+                observe(expert, x_ND, h_NI, gate_S[slots_N])
             if input_scales is not None:
                 h_NI = kernels.quantize_activations(h_NI, input_scales.down_E[expert])
             y_ND = linear(h_NI, mlp["down_proj"]).float().mul_(gate_S[slots_N, None])
@@ -184,7 +184,7 @@ def _cast_mlp(
     return {name: weight_of(weights, f"{prefix}{name}.", dtype) for name in PROJECTIONS}
 
 
-def _inner(x_ND: torch.Tensor, mlp: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def inner(x_ND: torch.Tensor, mlp: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """silu(gate x) * up x: the input of down_proj."""
     gate_NI = F.silu(linear(x_ND, mlp["gate_proj"]))
     return gate_NI.mul_(linear(x_ND, mlp["up_proj"]))

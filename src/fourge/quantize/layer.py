@@ -1,12 +1,13 @@
 """One layer: all tokens through it, its experts quantized, its shards written.
 
-Statistics and the next layer's input come from one forward pass on the unquantized weights. Under
-``max`` an expert's codes depend on its weights alone, so each group of experts is quantized while
-it is in memory; the input scales, shared by the layer, follow at the end.
+Statistics and the next layer's input come from one forward pass on the unquantized weights. When
+all tokens have been through a group of experts, all that these experts' codes depend on is known,
+and they are quantized while they are in memory; the input scales follow at the end, since they may
+be shared by the layer.
 """
 
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,20 +18,43 @@ import torch
 from fourge.calibrate.corpus import Corpus
 from fourge.calibrate.observe import LayerStatistics
 from fourge.checkpoint.names import PROJECTIONS, Role, expert_name, parse
-from fourge.checkpoint.source import check_finite, tensor_bytes
-from fourge.checkpoint.writer import ShardPlan, ShardWriter, write_json
+from fourge.checkpoint.source import check_finite
+from fourge.checkpoint.writer import write_json
 from fourge.formats import nvfp4
 from fourge.layerwise.activations import Batch, LayerActivations, remove_before
+from fourge.layerwise.folders import OWN_FOLDER
 from fourge.layerwise.forward import Hooks, Passage, run_group
 from fourge.layerwise.groups import Group
 from fourge.layerwise.machine import measure
 from fourge.layerwise.progress import Progress
+from fourge.models.moe import Routed
 from fourge.models.rope import RopeTable
-from fourge.quantize.methods import METHODS
-from fourge.quantize.methods.expert import Expert
+from fourge.quantize.experts import Choice, Inputs, Known
+from fourge.quantize.judge import Errors
 from fourge.quantize.plan import LayerPlan, Plan
+from fourge.quantize.writers import LayerWriter, open_writers
 
 Weights = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One output: the method of its experts, and its folder."""
+
+    method: str
+    out: Path
+    fingerprint: dict
+
+    @property
+    def own(self) -> Path:
+        """fourge's records within ``out``."""
+        return self.out / OWN_FOLDER
+
+    def statistics_path(self, layer: int) -> Path:
+        return self.own / "statistics" / f"layer-{layer:05d}.safetensors"
+
+    def choices_path(self, layer: int) -> Path:
+        return self.own / "statistics" / f"choices-{layer:05d}.json"
 
 
 @dataclass(frozen=True)
@@ -39,16 +63,19 @@ class Job:
 
     plan: Plan
     corpus: Corpus
-    fingerprint: dict
-    out: Path
-    own: Path  # fourge's records within ``out``
+    targets: tuple[Target, ...]
     work: Path
     device: torch.device
     dtype: torch.dtype  # of the computation
     began: float  # time.monotonic() when the process took the request up
 
-    def statistics_path(self, layer: int) -> Path:
-        return self.own / "statistics" / f"layer-{layer:05d}.safetensors"
+    @property
+    def methods(self) -> tuple[str, ...]:
+        return tuple(target.method for target in self.targets)
+
+    @property
+    def outs(self) -> list[Path]:
+        return [target.out for target in self.targets]
 
     def timing_path(self, layer: int) -> Path:
         return self.work / f"timing-{layer:05d}.json"
@@ -66,30 +93,70 @@ def run_layer(
     began = time.monotonic()
     config = job.plan.source.config
     statistics = _empty_statistics(job, plan)
+    fitting = job.plan.workload.fitting
+    inputs = Inputs(fitting, config, len(job.corpus.tokens), job.device)
     activations = LayerActivations(job.work, config, plan.layer, dtype=job.dtype, device=job.device)
     passage = Passage(config, rope, activations)
     work_per_token = plan.source_bytes / len(plan.groups) / job.plan.workload.tokens
-    with activations, LayerWriter(job.out, plan.shards) as writer:
+    made = Made(job.methods)
+    with activations, open_writers(job.outs, plan.shards) as writers:
         for group in plan.groups:
             weights = next(stream)
             progress.advance(read=sum(info.nbytes for info in group.tensors))
-            _write_unquantized(weights, writer)
+            _write_unquantized(weights, writers)
             local = {parse(name).suffix: tensor for name, tensor in weights.items()}
+            inputs.begin(group)
             for batch in batches:
-                run_group(passage, group, local, batch, _hooks(batch, statistics))
+                run_group(passage, group, local, batch, _hooks(batch, statistics, inputs))
                 progress.advance(
                     tokens=batch.tokens if group.is_last else 0, work=work_per_token * batch.tokens
                 )
-            _quantize_experts(job, group, weights, writer)
-            progress.advance(written=writer.take_count())
+            _quantize_experts(job, group, weights, inputs, writers, made)
+            progress.advance(written=sum(writer.take_count() for writer in writers))
         if plan.is_sparse:
             statistics.check_finite(plan.layer)
-            _write_input_scales(job, plan.layer, statistics, writer)
-            statistics.save(job.statistics_path(plan.layer))
+            scales = _input_scales(job, statistics)
+            for target, writer in zip(job.targets, writers, strict=True):
+                _write_input_scales(plan.layer, scales, writer)
+                statistics.save(target.statistics_path(plan.layer))
+                write_json(target.choices_path(plan.layer), made.record(target.method))
         activations.commit()
-        write_json(job.timing_path(plan.layer), measure(time.monotonic() - began))
-        writer.commit()
+        timing = measure(time.monotonic() - began) | {"quantizing_seconds": dict(made.seconds)}
+        write_json(job.timing_path(plan.layer), timing)
+        for writer in writers:
+            writer.commit()
     remove_before(job.work, plan.layer + 1)
+
+
+class Made:
+    """What was chosen for the experts of a layer so far, and what every method took: seconds of one
+    thread, those of rivals included.
+    """
+
+    def __init__(self, methods: Sequence[str]) -> None:
+        self._choices: dict[str, list[Choice]] = {method: [] for method in methods}
+        self.seconds: Counter[str] = Counter()
+
+    def add(self, choices: Mapping[str, Choice], seconds: Mapping[str, float]) -> None:
+        """The next expert's."""
+        for method, choice in choices.items():
+            self._choices[method].append(choice)
+        self.seconds.update(seconds)
+
+    def record(self, method: str) -> dict:
+        """The JSON record of one target: per expert, in expert order."""
+        choices = self._choices[method]
+        return {
+            "method": method,
+            "chosen": [choice.method for choice in choices],
+            "errors": {
+                name: {
+                    lane: [getattr(choice.errors[name], lane) for choice in choices]
+                    for lane in Errors._fields
+                }
+                for name in (choices[0].errors if choices else ())
+            },
+        }
 
 
 def _empty_statistics(job: Job, plan: LayerPlan) -> LayerStatistics:
@@ -103,88 +170,70 @@ def _empty_statistics(job: Job, plan: LayerPlan) -> LayerStatistics:
     )
 
 
-def _hooks(batch: Batch, statistics: LayerStatistics) -> Hooks:
-    return Hooks(
-        observe=statistics.observer(batch.pass_index),
-        routed=lambda routed: statistics.note_first_seen(routed.experts_TK, batch.start),
-    )
+def _hooks(batch: Batch, statistics: LayerStatistics, inputs: Inputs) -> Hooks:
+    def note(routed: Routed) -> None:
+        statistics.note_first_seen(routed.experts_TK, batch.start)
+        inputs.note(routed, batch.start)
+
+    return Hooks(observe=inputs.observer(statistics.observer(batch.pass_index)), routed=note)
 
 
-def _write_unquantized(weights: Weights, writer: "LayerWriter") -> None:
+def _write_unquantized(weights: Weights, writers: Sequence[LayerWriter]) -> None:
     """Everything but the routed experts goes over byte for byte."""
     for name, tensor in weights.items():
         if parse(name).role != Role.ROUTED_EXPERT:
             check_finite(name, tensor)
-            writer.write(name, tensor)
+            for writer in writers:
+                writer.write(name, tensor)
 
 
-def _quantize_experts(job: Job, group: Group, weights: Weights, writer: "LayerWriter") -> None:
+def _quantize_experts(
+    job: Job, group: Group, weights: Weights, inputs: Inputs, writers: Sequence[LayerWriter],
+    made: Made,
+) -> None:  # fmt: skip
     """Quantize and write the experts of a group, several at a time."""
-    method = METHODS[job.plan.recipe.method]
 
-    def quantize(expert: int) -> None:
-        names = [expert_name(group.layer, expert, projection) for projection in PROJECTIONS]
-        prefix = names[0].removesuffix("gate_proj.weight")
-        for projection, tensor in method(Expert(prefix, *(weights[name] for name in names))):
-            for part, value in tensor._asdict().items():
-                writer.write(f"{prefix}{projection}.{part}", value)
+    def quantize(expert: int) -> tuple[dict[str, Choice], dict[str, float]]:
+        known, choices = Known(), {}
+        for target, writer in zip(job.targets, writers, strict=True):
+            found, choice = inputs.quantize(group, weights, expert, target.method, known)
+            choices[target.method] = choice
+            for projection, tensor in found.items():
+                for part, value in tensor._asdict().items():
+                    writer.write(expert_name(group.layer, expert, projection, part), value)
+        return choices, known.seconds
 
     with ThreadPoolExecutor(job.plan.workload.workers, thread_name_prefix="quantize") as pool:
-        for _ in pool.map(quantize, group.experts):
-            pass
+        for choices, seconds in pool.map(quantize, group.experts):
+            made.add(choices, seconds)
+
+
+def _input_scales(job: Job, statistics: LayerStatistics) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Of each expert, the ``input_scale`` of gate and up, and of down.
+
+    "layer": the layer's largest activation for all, which is what engines reduce to anyway (vllm
+    0.33.0 flashinfer_fp4_moe.py:386-397); so an expert that saw no token is harmless. "expert":
+    each its own, which engines that do not reduce can use; one that saw no token gets the layer's.
+    """
+    recipe, layer_amax = job.plan.recipe, statistics.layer_amax()
+    amax_E2 = torch.stack([statistics.gate_up_amax.amax(0), statistics.down_amax.amax(0)], -1)
+    results = []
+    for own in amax_E2.tolist():
+        seen = recipe.input_scale == "expert" and min(own) > 0
+        gate_up, down = own if seen else layer_amax
+        results.append(
+            (
+                nvfp4.input_scale(gate_up * recipe.input_headroom),
+                nvfp4.input_scale(down * recipe.input_headroom),
+            )
+        )
+    return results
 
 
 def _write_input_scales(
-    job: Job, layer: int, statistics: LayerStatistics, writer: "LayerWriter"
+    layer: int, scales: Sequence[tuple[torch.Tensor, torch.Tensor]], writer: LayerWriter
 ) -> None:
-    """One input_scale for gate and up, one for down, shared by the layer's experts.
-
-    Engines reduce to the layer's maximum anyway (vllm 0.33.0 flashinfer_fp4_moe.py:386-397), and an
-    expert that saw no token is harmless so.
-    """
-    gate_up_amax, down_amax = statistics.layer_amax()
-    gate_up, down = nvfp4.input_scale(gate_up_amax), nvfp4.input_scale(down_amax)
-    for expert in range(job.plan.source.config.n_routed_experts):
+    for expert, (gate_up, down) in enumerate(scales):
         for projection in PROJECTIONS:
             scale = down if projection == "down_proj" else gate_up
             writer.write(expert_name(layer, expert, projection, "input_scale"), scale)
-
-
-class LayerWriter:
-    """The shards of one layer as one: a tensor goes to the shard that was planned for it."""
-
-    def __init__(self, folder: Path, plans: Sequence[ShardPlan]) -> None:
-        self._folder, self._plans = folder, plans
-        self._shards: list[ShardWriter] = []
-        self._by_name: dict[str, ShardWriter] = {}
-        self._lock = threading.Lock()
-        self._written = 0
-
-    def __enter__(self) -> "LayerWriter":
-        for plan in self._plans:
-            shard = ShardWriter(self._folder, plan)
-            self._shards.append(shard)
-            self._by_name |= dict.fromkeys(plan.sizes, shard)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for shard in self._shards:
-            shard.close()
-
-    def write(self, name: str, tensor: torch.Tensor, offset: int = 0) -> None:
-        """Write a tensor, or a part of one that begins ``offset`` bytes into it."""
-        data = tensor_bytes(tensor.cpu().contiguous())
-        self._by_name[name].write(name, data, offset)
-        with self._lock:
-            self._written += len(data)
-
-    def take_count(self) -> int:
-        """Bytes written since this was last asked."""
-        with self._lock:
-            count, self._written = self._written, 0
-        return count
-
-    def commit(self) -> None:
-        """Give all shards their final names."""
-        for shard in self._shards:
-            shard.commit()

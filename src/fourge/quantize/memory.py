@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fourge.layerwise.budget import COPY_BUFFER_BYTES, Budget, Needs, embedding_bytes
 from fourge.models.config import ModelConfig
 from fourge.models.footprint import Load, compute_bytes
+from fourge.quantize.fitting import Fitting
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Workload:
     passes: int
     load: Load
     workers: int  # threads that quantize experts
+    fitting: Fitting
 
 
 def needs(config: ModelConfig, workload: Workload, budget: Budget) -> Needs:
@@ -25,6 +27,10 @@ def needs(config: ModelConfig, workload: Workload, budget: Budget) -> Needs:
     statistics = statistics_bytes(config, workload.passes)
     buffers = _buffers(config, workload, statistics)
     compute = compute_bytes(config, workload.load, itemsize=budget.itemsize)
+    fitting = workload.fitting.layer_bytes(config, itemsize=budget.itemsize)
+    # Tokens have all been through a group when its experts are quantized.
+    scratch = workload.workers * workload.fitting.scratch_bytes(config, itemsize=budget.itemsize)
+    compute = max(compute, scratch) + fitting
     return Needs(
         host=buffers,
         compute=compute + statistics if budget.on_device else compute,

@@ -19,6 +19,7 @@ from fourge.models.config import ModelConfig
 from fourge.models.footprint import Load
 from fourge.models.survey import Source
 from fourge.models.tensors import projection_shape
+from fourge.quantize.fitting import Fitting, workers_for
 from fourge.quantize.memory import Workload, needs, statistics_bytes
 from fourge.quantize.recipe import Recipe
 
@@ -78,8 +79,12 @@ def make_plan(source: Source, recipe: Recipe, workload: Workload, budget: Budget
     layers = by_layer(source.tensors)
     decoder = range(source.config.num_hidden_layers)
     parts = [split_experts(layers[layer]) for layer in decoder]
-    memory = fit(measure_pieces(parts), needs(source.config, workload, budget), budget)
-    groups = [cut(layer, parts[layer], memory.largest_group) for layer in decoder]
+    kept = workload.fitting.expert_bytes(source.config, itemsize=budget.itemsize)
+    beside = -(
+        -kept // 2
+    )  # there is room for two groups of weights, and what is kept is there once
+    memory = fit(measure_pieces(parts, beside), needs(source.config, workload, budget), budget)
+    groups = [cut(layer, parts[layer], memory.largest_group, beside) for layer in decoder]
     layout = _layout(source, recipe, layers, groups)
     return Plan(source, recipe, workload, layout, memory)
 
@@ -172,12 +177,15 @@ def _split_at_limit(tensors: list[OutTensor]) -> list[list[OutTensor]]:
     return pieces
 
 
-def upper_workload(source: Source, recipe: Recipe, *, workers: int) -> Workload:
+def upper_workload(source: Source, recipe: Recipe, *, on_device: bool) -> Workload:
     """The largest workload that the recipe allows, for planning without its data."""
+    methods = (recipe.method,)
+    workers = workers_for(methods, on_device=on_device)
     tokens = sum(one.samples * one.max_tokens for one in recipe.passes)
     longest = max(one.max_tokens for one in recipe.passes)
     batch = min(max(recipe.batch_tokens, longest), tokens)
-    return Workload(tokens, len(recipe.passes), Load(batch, longest), workers)
+    load = Load(batch, longest)
+    return Workload(tokens, len(recipe.passes), load, workers, Fitting(methods))
 
 
 def disk_bytes(plan: Plan) -> tuple[int, int]:
@@ -206,6 +214,7 @@ def describe(plan: Plan) -> dict:
     return {
         "model_type": source.config.model_type,
         "recipe": plan.recipe.name,
+        "method": plan.recipe.method,
         "layers": source.config.num_hidden_layers,
         "mtp": plan.recipe.mtp if source.config.num_nextn_predict_layers else "none",
         "roles": {role: entry for role, entry in roles.items() if entry["tensors"]},

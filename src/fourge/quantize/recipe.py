@@ -14,16 +14,31 @@ from pathlib import Path
 from typing import Any, Final
 
 from fourge.calibrate.corpus import MAX_PASSES, PassSpec
+from fourge.calibrate.kinds import Kind
 from fourge.errors import RecipeError
 
-METHODS: Final = ("max",)
+# What each method needs to know of the inputs of experts.
+NEEDS: Final[Mapping[str, Kind]] = {
+    "max": Kind.NONE,
+    "four-over-six": Kind.NONE,
+    "mse": Kind.NONE,
+    "weighted-mse": Kind.DIAGONAL,
+    "local-hessian": Kind.BLOCKS,
+    "local-hessian+gptq": Kind.FULL,
+    "local-hessian+descent": Kind.FULL,
+}
+METHODS: Final = tuple(NEEDS)
+INPUT_SCALES: Final = ("layer", "expert")
+MOST_HEADROOM: Final = 1024.0
 MTP_CHOICES: Final = ("bf16", "drop")
 DEFAULT_BATCH_TOKENS: Final = 8192
 DEFAULT_MAX_BAD_SHARE: Final = 0.1
 MOST_SAMPLES: Final = 8192  # of a pass that names no number
 
 RECIPES_FOLDER: Final = Path(__file__).resolve().parent.parent / "recipes"
-RECIPE_KEYS: Final = ("method", "mtp", "batch_tokens", "max_bad_share", "pass")
+RECIPE_KEYS: Final = (
+    "method", "mtp", "input_scale", "input_headroom", "batch_tokens", "max_bad_share", "pass",
+)  # fmt: skip
 PASS_KEYS: Final = ("name", "data", "samples", "min_tokens", "max_tokens", "seed")
 PASS_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 PASS_DATA: Final = re.compile(r"(?P<name>[A-Za-z0-9_-]+)=(?P<path>.+)", re.DOTALL)
@@ -34,14 +49,18 @@ LIMIT: Final = 2**31
 class Recipe:
     """A checked recipe.
 
-    name: the built-in name or the file's stem. method: how scales are chosen. mtp: what becomes of
-    the MTP layer. batch_tokens: tokens that go through a layer together. max_bad_share: share of
-    unusable records, 0 to 1, above which a pass stops the run.
+    name: the built-in name or the file's stem. method: how scales and codes are chosen. mtp: what
+    becomes of the MTP layer. input_scale: whose largest activation an expert's input_scale comes
+    from, the layer's or its own; input_headroom: what it is multiplied with. batch_tokens: tokens
+    that go through a layer together. max_bad_share: share of unusable records, 0 to 1, above which
+    a pass stops the run.
     """
 
     name: str
     method: str
     mtp: str
+    input_scale: str
+    input_headroom: float
     batch_tokens: int
     max_bad_share: float
     passes: tuple[PassSpec, ...]
@@ -79,6 +98,8 @@ def with_overrides(
     data: Sequence[str] = (),
     method: str | None = None,
     mtp: str | None = None,
+    input_scale: str | None = None,
+    input_headroom: float | None = None,
     seed: int | None = None,
     max_bad_share: float | None = None,
 ) -> Recipe:
@@ -106,6 +127,12 @@ def with_overrides(
         passes=passes,
         method=recipe.method if method is None else _choice("method", method, METHODS, place),
         mtp=recipe.mtp if mtp is None else _choice("mtp", mtp, MTP_CHOICES, place),
+        input_scale=recipe.input_scale
+        if input_scale is None
+        else _choice("input_scale", input_scale, INPUT_SCALES, place),
+        input_headroom=recipe.input_headroom
+        if input_headroom is None
+        else _headroom(input_headroom, place),
         max_bad_share=recipe.max_bad_share
         if max_bad_share is None
         else _share("max_bad_share", max_bad_share, place),
@@ -126,6 +153,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return {
         "method": recipe.method,
         "mtp": recipe.mtp,
+        "input_scale": recipe.input_scale,
+        "input_headroom": recipe.input_headroom,
         "batch_tokens": recipe.batch_tokens,
         "passes": passes,
     }
@@ -168,6 +197,10 @@ def _parse_recipe(raw: Mapping[str, Any], path: Path) -> Recipe:
         name=path.stem,
         method=_choice("method", raw.get("method", METHODS[0]), METHODS, place),
         mtp=_choice("mtp", raw.get("mtp", MTP_CHOICES[0]), MTP_CHOICES, place),
+        input_scale=_choice(
+            "input_scale", raw.get("input_scale", INPUT_SCALES[0]), INPUT_SCALES, place
+        ),
+        input_headroom=_headroom(raw.get("input_headroom", 1.0), place),
         batch_tokens=_whole("batch_tokens", raw.get("batch_tokens", DEFAULT_BATCH_TOKENS), place),
         max_bad_share=_share(
             "max_bad_share", raw.get("max_bad_share", DEFAULT_MAX_BAD_SHARE), place
@@ -249,4 +282,17 @@ def _whole(key: str, value: object, place: str, *, least: int = 1) -> int:
 def _share(key: str, value: object, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise RecipeError(f"{key} in {place} is {value!r}, needed a share from 0 to 1.")
+    return float(value)
+
+
+def _headroom(value: object, place: str) -> float:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 1 <= value <= MOST_HEADROOM
+    ):
+        raise RecipeError(
+            f"input_headroom in {place} is {value!r}, needed a number from 1 to"
+            f" {MOST_HEADROOM:.0f}."
+        )
     return float(value)

@@ -8,7 +8,7 @@ and where its activations are.
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fourge import __version__
@@ -114,11 +114,13 @@ def _place(chosen_work: Path | None) -> str | None:
     return None if chosen_work is None else str(chosen_work.resolve())
 
 
-def work_folder(out: Path, chosen: Path | None, mine: dict) -> Path:
-    """Where activations go: within ``out``, or in a folder of this run's own within ``chosen``."""
+def work_folder(out: Path, chosen: Path | None, inputs: Sequence[dict]) -> Path:
+    """Where activations go: within ``out``, or in a folder of this run's own within ``chosen``.
+    ``inputs``: of all targets that are made together.
+    """
     if chosen is None:
         return out / OWN_FOLDER / "work"
-    identity = json.dumps([str(out.resolve()), mine], sort_keys=True).encode()
+    identity = json.dumps([str(out.resolve()), inputs], sort_keys=True).encode()
     return chosen / f"fourge-{hashlib.sha256(identity).hexdigest()[:16]}"
 
 

@@ -9,6 +9,7 @@ Memory: what plan.memory says; budget.py has the sum.
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,19 +41,21 @@ from fourge.layerwise.folders import check_space, remove_partial
 from fourge.layerwise.machine import device_bytes, dtype_name, measure
 from fourge.layerwise.progress import OnProgress, Progress
 from fourge.models import layer as model
-from fourge.quantize.layer import Job, LayerWriter, run_layer
+from fourge.quantize.layer import Job, Target, run_layer
 from fourge.quantize.plan import CopyPlan, describe, describe_resources, disk_bytes
-from fourge.quantize.resume import RUN_NAME, remove_work
+from fourge.quantize.resume import RUN_NAME
+from fourge.quantize.writers import LayerWriter, open_writers
 
 
 @torch.no_grad()
-def quantize(job: Job, on_progress: OnProgress) -> dict:
-    """Make the checkpoint of ``job``, or what is left of it, and return the record of the run.
+def quantize(job: Job, on_progress: OnProgress) -> list[dict]:
+    """Make the checkpoints of ``job``, or what is left of them, and return the records of the run,
+    one for each target.
 
     Raises FourgeError subclasses; whatever was committed stays and is not done again.
     """
     layers = job.plan.layout.layers
-    for folder in (job.own / "statistics", job.work):
+    for folder in (*(target.own / "statistics" for target in job.targets), job.work):
         folder.mkdir(parents=True, exist_ok=True)
     remove_partial(_written_files(job))
     _check_space(job)
@@ -75,21 +78,22 @@ def quantize(job: Job, on_progress: OnProgress) -> dict:
                 progress.stage(copy.title, layers_done=len(layers))
                 _copy(job, files, copy, progress)
     progress.stage("closing", layers_done=len(layers))
-    return _finish(job, progress)
+    return [_finish(job, target, progress) for target in job.targets]
 
 
 def _written_files(job: Job) -> Iterator[Path]:
     """Every file that a run of this job may have been writing when it was interrupted."""
     names = [shard.file for shard in job.plan.layout.shards]
     names += [CONFIG_NAME, HF_QUANT_CONFIG_NAME, INDEX_NAME]
-    yield from (job.out / name for name in names)
-    yield from (job.out / path for path in job.plan.source.other_files)
-    for folder in (job.own, job.own / "statistics", job.work):
+    names += map(str, job.plan.source.other_files)
+    yield from (out / name for out in job.outs for name in names)
+    own = [folder for one in job.targets for folder in (one.own, one.own / "statistics")]
+    for folder in (*own, job.work):
         yield from (path.with_suffix("") for path in folder.glob(f"*{PARTIAL_SUFFIX}"))
 
 
 def _is_done(job: Job, shards: tuple[ShardPlan, ...]) -> bool:
-    return all(is_written(job.out, shard) for shard in shards)
+    return all(is_written(out, shard) for out in job.outs for shard in shards)
 
 
 def _work_left(job: Job) -> int:
@@ -105,9 +109,12 @@ def _check_space(job: Job) -> None:
     if all(_is_done(job, layer.shards) for layer in job.plan.layout.layers):
         work = 0
     shards = job.plan.layout.shards
-    written = sum(shard.nbytes for shard in shards if is_written(job.out, shard))
     kept = sum(path.stat().st_blocks * 512 for path in job.work.glob("*.bin"))
-    check_space([(job.out, output - written), (job.work, max(0, work - kept))])
+    needed = [(job.work, max(0, work - kept))]
+    for out in job.outs:
+        written = sum(shard.nbytes for shard in shards if is_written(out, shard))
+        needed.append((out, output - written))
+    check_space(needed)
 
 
 def _run_layers(job: Job, batches: list[Batch], progress: Progress) -> None:
@@ -117,8 +124,8 @@ def _run_layers(job: Job, batches: list[Batch], progress: Progress) -> None:
         return
     if remaining != list(layers[remaining[0].layer :]):
         raise OutputError(
-            f"{job.out} has shards of later layers but not of layer {remaining[0].layer}: it was"
-            " changed from outside; remove the folder and start again."
+            f"{job.outs[0]} has shards of later layers but not of layer {remaining[0].layer}: it"
+            " was changed from outside; remove the folder and start again."
         )
     rope = model.rope_table(job.plan.source.config, int(job.corpus.lengths.max()), job.device)
     groups = [group.tensors for layer in remaining for group in layer.groups]
@@ -135,57 +142,61 @@ def _embed(job: Job, files: FileReader, batches: list[Batch], progress: Progress
     copy, config = job.plan.layout.embedding, job.plan.source.config
     hidden = hidden_file(job.work, config, 0).create()
     try:
-        with LayerWriter(job.out, copy.shards) as writer:
-            pieces = _copy_pieces(files, copy.tensors, writer, progress)
+        with open_writers(job.outs, copy.shards) as writers:
+            pieces = _copy_pieces(files, copy.tensors, writers, progress)
             look_up(pieces, job.corpus.tokens, config, batches, [hidden])
             hidden.commit()
-            writer.commit()
+            for writer in writers:
+                writer.commit()
     finally:
         hidden.close()
 
 
 def _copy(job: Job, files: FileReader, copy: CopyPlan, progress: Progress) -> None:
-    with LayerWriter(job.out, copy.shards) as writer:
-        for _ in _copy_pieces(files, copy.tensors, writer, progress):
+    with open_writers(job.outs, copy.shards) as writers:
+        for _ in _copy_pieces(files, copy.tensors, writers, progress):
             pass
-        writer.commit()
+        for writer in writers:
+            writer.commit()
 
 
 def _copy_pieces(
-    files: FileReader, tensors: Sequence[TensorInfo], writer: LayerWriter, progress: Progress
+    files: FileReader,
+    tensors: Sequence[TensorInfo],
+    writers: Sequence[LayerWriter],
+    progress: Progress,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Copy tensors through one buffer, and yield (first row, rows) of every piece on its way."""
     for info, first, rows in pieces_of(files, tensors):
-        writer.write(info.name, rows, first * rows.shape[1] * rows.dtype.itemsize)
-        progress.advance(work=rows.nbytes, read=rows.nbytes, written=rows.nbytes)
+        for writer in writers:
+            writer.write(info.name, rows, first * rows.shape[1] * rows.dtype.itemsize)
+        written = rows.nbytes * len(writers)
+        progress.advance(work=rows.nbytes, read=rows.nbytes, written=written)
         yield first, rows
 
 
-def _finish(job: Job, progress: Progress) -> dict:
-    """Everything that is not a shard, the doctor's word on it, and run.json last; then the work is
-    removed.
-    """
+def _finish(job: Job, target: Target, progress: Progress) -> dict:
+    """Everything that is not a shard, the doctor's word on it, and run.json last."""
     source, layout = job.plan.source, job.plan.layout
-    write_index(job.out, layout.shards)
-    _verify(job)
-    copy_files(source.folder, job.out, source.other_files)
-    coverage = _write_coverage(job)
-    write_metadata(job.out, layout.config_text, list(layout.excluded))
-    report = _examine(job, progress)
-    record = _record(job, coverage, report)
-    write_json(job.own / RUN_NAME, record)
-    remove_work(job.out, job.work)
+    write_index(target.out, layout.shards)
+    _verify(job, target)
+    copy_files(source.folder, target.out, source.other_files)
+    coverage = _write_coverage(job, target)
+    write_metadata(target.out, layout.config_text, list(layout.excluded))
+    report = _examine(job, target, progress)
+    record = _record(job, target, coverage, report)
+    write_json(target.own / RUN_NAME, record)
     return record
 
 
-def _verify(job: Job) -> None:
+def _verify(job: Job, target: Target) -> None:
     """Read the written headers back: every planned tensor is there, and nothing else."""
-    written = read_checkpoint(job.out).tensors
+    written = read_checkpoint(target.out).tensors
     planned = {name for shard in job.plan.layout.shards for name in shard.sizes}
     assert set(written) == planned, "the written checkpoint differs from the plan"
 
 
-def _examine(job: Job, progress: Progress) -> Report:
+def _examine(job: Job, target: Target, progress: Progress) -> Report:
     """All of the doctor's rules that need no source, over every byte of the output."""
     stages: list[str] = []
 
@@ -195,16 +206,18 @@ def _examine(job: Job, progress: Progress) -> Report:
             progress.stage(f"doctor, {stage}", layers_done=len(job.plan.layout.layers))
         progress.advance()
 
-    evidence = look_at(job.out, source=None)
+    evidence = look_at(target.out, source=None)
     report = examine(evidence, Depth(memory=STAGING_BYTES), tell)
-    write_json(job.own / doctor_record.RECORD_NAME, doctor_record.describe(report, evidence))
+    write_json(target.own / doctor_record.RECORD_NAME, doctor_record.describe(report, evidence))
     return report
 
 
-def _write_coverage(job: Job) -> Coverage:
+def _write_coverage(job: Job, target: Target) -> Coverage:
     layers = [
         layer_record(
-            layer.layer, job.corpus.passes, LayerStatistics.load(job.statistics_path(layer.layer))
+            layer.layer,
+            job.corpus.passes,
+            LayerStatistics.load(target.statistics_path(layer.layer)),
         )
         for layer in job.plan.layout.layers
         if layer.is_sparse
@@ -216,25 +229,30 @@ def _write_coverage(job: Job) -> Coverage:
         "saturation": saturation(layers, len(job.corpus.tokens)),
         "layers": layers,
     }
-    write_json(job.own / "coverage.json", document)
+    write_json(target.own / "coverage.json", document)
     return coverage
 
 
-def _record(job: Job, coverage: Coverage, report: Report) -> dict:
+def _record(job: Job, target: Target, coverage: Coverage, report: Report) -> dict:
     """``fourge/run.json``. Everything that differs between two runs of one input is in "timing"."""
     plan = job.plan
     return {
         "finished": True,
         "fourge": __version__,
-        "fingerprint": job.fingerprint,
-        "plan": describe(plan),
+        "fingerprint": target.fingerprint,
+        "plan": describe(plan) | {"method": target.method},
         "data": job.corpus.record,
         "statistics": [
-            job.statistics_path(layer.layer).relative_to(job.out).as_posix()
+            target.statistics_path(layer.layer).relative_to(target.out).as_posix()
             for layer in plan.layout.layers
             if layer.is_sparse
         ],
         "coverage": coverage._asdict(),
+        "method": {"asked": target.method, "experts": _chosen(job, target)},
+        "input_scale": {
+            "policy": plan.recipe.input_scale,
+            "headroom": plan.recipe.input_headroom,
+        },
         "doctor": [
             {"rule": one.rule, "severity": one.severity, "message": one.message}
             for one in report.findings
@@ -247,6 +265,15 @@ def _record(job: Job, coverage: Coverage, report: Report) -> dict:
         },
         "timing": _timing(job),
     }
+
+
+def _chosen(job: Job, target: Target) -> dict[str, int]:
+    """How many experts each method won."""
+    counts: Counter[str] = Counter()
+    for layer in job.plan.layout.layers:
+        if layer.is_sparse:
+            counts.update(json.loads(target.choices_path(layer.layer).read_bytes())["chosen"])
+    return dict(counts.most_common())
 
 
 def _timing(job: Job) -> dict:

@@ -7,8 +7,9 @@ Heavy imports are at home here; the torch-free part of planning is plan.py.
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +21,7 @@ from fourge.checkpoint.header import read_checkpoint
 from fourge.checkpoint.writer import write_json
 from fourge.errors import CheckpointError, OutputError
 from fourge.layerwise.activations import make_batches
-from fourge.layerwise.budget import default_workers
-from fourge.layerwise.folders import OWN_FOLDER, locked, own_folders
+from fourge.layerwise.folders import locked, own_folders
 from fourge.layerwise.machine import (
     choose_device,
     choose_dtype,
@@ -32,7 +32,8 @@ from fourge.layerwise.machine import (
 from fourge.layerwise.progress import OnProgress
 from fourge.models.footprint import Load
 from fourge.models.survey import Source, survey
-from fourge.quantize.layer import Job
+from fourge.quantize.fitting import Fitting, workers_for
+from fourge.quantize.layer import Job, Target
 from fourge.quantize.memory import Workload
 from fourge.quantize.plan import make_plan
 from fourge.quantize.recipe import Recipe, to_dict
@@ -77,69 +78,115 @@ def run_request(request: Request, *, on_data: OnData, on_progress: OnProgress) -
 
     A finished output with the same input is left alone. Raises FourgeError.
     """
+    places = ((request.recipe.method, request.out),)
+    return run_places(request, places, on_data=on_data, on_progress=on_progress)[0]
+
+
+def run_places(
+    request: Request,
+    places: Sequence[tuple[str, Path]],
+    *,
+    on_data: OnData,
+    on_progress: OnProgress,
+) -> list[Outcome]:
+    """The same for several methods, each with a folder of its own in place of ``request.out``: one
+    calibration, of which all of them see the same.
+    """
     began = time.monotonic()
-    check_places(request.source, request.out, request.work)
-    check_target(request.out)
+    for _, out in places:
+        check_places(request.source, out, request.work)
+        check_target(out)
     source = survey(request.source, mtp=request.recipe.mtp)
     device = choose_device(request.device)
     dtype = choose_dtype(request.dtype, device)
+    targets = _targets(request, places, source, f"{device.type} {dtype_name(dtype)}")
+    work = work_folder(places[0][1], request.work, [target.fingerprint for target in targets])
+    done = _finished(targets, request.work)
+    if len(done) < len(targets):
+        folders = [*(target.own for target in targets), work]
+        with ExitStack() as stack:
+            stack.enter_context(own_folders(*folders))
+            for folder in folders:
+                stack.enter_context(locked(folder))
+            # Again, now that nobody else can be at it: another process may have been quicker.
+            done = _finished(targets, request.work)
+            left = tuple(target for target in targets if target.out not in done)
+            if left:
+                job = _prepare(request, source, left, (device, dtype), work, began, on_data)
+                for target, record in zip(left, _run(job, on_progress), strict=True):
+                    done[target.out] = Outcome(record, was_finished=False)
+    for target in targets:
+        remove_work(target.out, work)
+    return [done[target.out] for target in targets]
+
+
+def _targets(
+    request: Request, places: Sequence[tuple[str, Path]], source: Source, arithmetic: str
+) -> tuple[Target, ...]:
     data = {spec.name: identify_data(spec.data) for spec in request.recipe.passes}
-    arithmetic = f"{device.type} {dtype_name(dtype)}"
-    mine = fingerprint(source, to_dict(request.recipe), data, arithmetic)
-    check_input(request.out, mine, request.work)
-    own, work = request.out / OWN_FOLDER, work_folder(request.out, request.work, mine)
-    if (done := _finished(request.out, work)) is not None:
-        return done
-    with own_folders(own, work), locked(own), locked(work):
-        # Again, now that nobody else can be at it: another process may have been quicker.
-        check_input(request.out, mine, request.work)
-        if (done := _finished(request.out, work)) is not None:
-            return done
-        corpus = _corpus(source, request.recipe, work, mine, on_data)
-        workload = measure_workload(corpus, request.recipe)
-        budget = measure_budget(
-            device,
-            memory=request.memory,
-            device_memory=request.device_memory,
-            itemsize=dtype.itemsize,
-        )
-        plan = make_plan(source, request.recipe, workload, budget)
-        store_input(request.out, mine, request.work)
-        job = Job(plan, corpus, mine, request.out, own, work, device, dtype, began)
-        return Outcome(_run(job, on_progress), was_finished=False)
+    targets = []
+    for method, out in places:
+        recipe = to_dict(replace(request.recipe, method=method))
+        targets.append(Target(method, out, fingerprint(source, recipe, data, arithmetic)))
+    return tuple(targets)
 
 
-def _run(job: Job, on_progress: OnProgress) -> dict:
+def _prepare(
+    request: Request, source: Source, targets: tuple[Target, ...],
+    machine: tuple[torch.device, torch.dtype], work: Path, began: float, on_data: OnData,
+) -> Job:  # fmt: skip
+    """Gather the tokens and plan; from then on the targets belong to this input."""
+    device, dtype = machine
+    corpus = _corpus(source, request.recipe, work, targets[0].fingerprint, on_data)
+    methods = tuple(target.method for target in targets)
+    workload = measure_workload(corpus, request.recipe, methods, on_device=device.type != "cpu")
+    budget = measure_budget(
+        device,
+        memory=request.memory,
+        device_memory=request.device_memory,
+        itemsize=dtype.itemsize,
+    )
+    plan = make_plan(source, request.recipe, workload, budget)
+    for target in targets:
+        store_input(target.out, target.fingerprint, request.work)
+    return Job(plan, corpus, targets, work, device, dtype, began)
+
+
+def _run(job: Job, on_progress: OnProgress) -> list[dict]:
     try:
         return quantize(job, on_progress)
     except torch.OutOfMemoryError as error:
         raise out_of_device_memory(error) from error
 
 
-def _finished(out: Path, work: Path) -> Outcome | None:
-    """What there is to say of a finished output, if it is whole; what a kill at its end may have
-    left is removed.
-    """
-    record = finished_run(out)
-    if record is None:
-        return None
-    try:
-        read_checkpoint(out)
-    except CheckpointError as error:
-        raise OutputError(
-            f"{out} was finished but is no longer whole: {error} Restore it, or remove the folder"
-            " and run the same command again."
-        ) from None
-    remove_work(out, work)
-    return Outcome(record, was_finished=True)
+def _finished(targets: Sequence[Target], chosen_work: Path | None) -> dict[Path, Outcome]:
+    """The targets that are finished and whole, by folder. OutputError if one has other input."""
+    found = {}
+    for target in targets:
+        check_input(target.out, target.fingerprint, chosen_work)
+        record = finished_run(target.out)
+        if record is None:
+            continue
+        try:
+            read_checkpoint(target.out)
+        except CheckpointError as error:
+            raise OutputError(
+                f"{target.out} was finished but is no longer whole: {error} Restore it, or remove"
+                " the folder and run the same command again."
+            ) from None
+        found[target.out] = Outcome(record, was_finished=True)
+    return found
 
 
-def measure_workload(corpus: Corpus, recipe: Recipe) -> Workload:
+def measure_workload(
+    corpus: Corpus, recipe: Recipe, methods: tuple[str, ...], *, on_device: bool
+) -> Workload:
     """How large the pieces are in which this corpus is computed."""
     lengths = corpus.lengths.tolist()
     batches = make_batches(lengths, corpus.pass_of.tolist(), batch_tokens=recipe.batch_tokens)
     load = Load(max(batch.tokens for batch in batches), max(lengths))
-    return Workload(sum(lengths), len(corpus.passes), load, default_workers())
+    workers = workers_for(methods, on_device=on_device)
+    return Workload(sum(lengths), len(corpus.passes), load, workers, Fitting(methods))
 
 
 def _corpus(source: Source, recipe: Recipe, work: Path, mine: dict, on_data: OnData) -> Corpus:

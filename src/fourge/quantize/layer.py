@@ -111,7 +111,9 @@ def run_layer(
                 progress.advance(
                     tokens=batch.tokens if group.is_last else 0, work=work_per_token * batch.tokens
                 )
-            _quantize_experts(job, group, weights, inputs, writers, made)
+            for choices, seconds in _quantize_experts(job, group, weights, inputs, writers):
+                made.add(choices, seconds)
+                progress.advance(written=sum(writer.take_count() for writer in writers))
             progress.advance(written=sum(writer.take_count() for writer in writers))
         if plan.is_sparse:
             statistics.check_finite(plan.layer)
@@ -188,10 +190,11 @@ def _write_unquantized(weights: Weights, writers: Sequence[LayerWriter]) -> None
 
 
 def _quantize_experts(
-    job: Job, group: Group, weights: Weights, inputs: Inputs, writers: Sequence[LayerWriter],
-    made: Made,
-) -> None:  # fmt: skip
-    """Quantize and write the experts of a group, several at a time."""
+    job: Job, group: Group, weights: Weights, inputs: Inputs, writers: Sequence[LayerWriter]
+) -> Iterator[tuple[dict[str, Choice], dict[str, float]]]:
+    """Quantize and write the experts of a group, several at a time. Yields, for each in order, what
+    was chosen for every target, and the seconds that every method took.
+    """
 
     def quantize(expert: int) -> tuple[dict[str, Choice], dict[str, float]]:
         known, choices = Known(), {}
@@ -204,8 +207,7 @@ def _quantize_experts(
         return choices, known.seconds
 
     with ThreadPoolExecutor(job.plan.workload.workers, thread_name_prefix="quantize") as pool:
-        for choices, seconds in pool.map(quantize, group.experts):
-            made.add(choices, seconds)
+        yield from pool.map(quantize, group.experts)
 
 
 def _input_scales(job: Job, statistics: LayerStatistics) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -105,7 +105,13 @@ class Inputs:
             return found[method], Choice(method)
         held_out = self._experts[expert].held_out
         errors = judge.output_errors(own, found, held_out, self._layer.sample())
-        chosen = judge.best(errors, method)
+        if held_out.kept < judge.LEAST_TOKENS:
+            # The layer's sample is what their priors come from: it would not find out those that
+            # believe too much of few tokens.
+            trusted = {name: one for name, one in errors.items() if NEEDS[name] != Kind.FULL}
+        else:
+            trusted = errors
+        chosen = judge.best(trusted, method)
         return found[chosen], Choice(chosen, errors)
 
     def _measures(self, expert: int, own: Expert, method: str) -> Measures:

@@ -59,9 +59,10 @@ def output_errors(
 
 
 def best(errors: Mapping[str, Errors], method: str) -> str:
-    """The candidate with the least error in both lanes together; of equals ``method`` itself."""
-    totals = {name: sum(one) for name, one in errors.items()}
-    return method if totals[method] <= min(totals.values()) else min(totals, key=totals.__getitem__)
+    """The candidate with the least error in both lanes together; of equals ``method`` itself, if it
+    is among them.
+    """
+    return min(errors, key=lambda name: (sum(errors[name]), name != method))
 
 
 def _as_is(x: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,8 @@ def test_glm_5_1_plans_on_24_gib_of_host_memory(glm_5_1: Source):
 
 def test_a_gpu_holds_the_weights_so_the_host_needs_little(glm_5_1: Source):
     plan = glm_plan(glm_5_1, host=8 * GIB, device=72 * GIB)
-    assert max(len(layer.groups) for layer in plan.layout.layers) == 1
+    # Full moments of all experts would take 45 GB beside a layer's 20.
+    assert max(len(layer.groups) for layer in plan.layout.layers) == 2
     assert plan.memory.host < 4 * GIB
     assert plan.memory.device <= 72 * GIB
 

@@ -64,6 +64,8 @@ def test_a_short_file_gets_the_defaults(write):
         name="mine",
         method="max",
         mtp="bf16",
+        input_scale="layer",
+        input_headroom=1.0,
         batch_tokens=8192,
         max_bad_share=0.1,
         passes=(PassSpec("p", ("a/b",), 4, 1, 8, 0),),
@@ -71,8 +73,11 @@ def test_a_short_file_gets_the_defaults(write):
 
 
 def test_every_key_of_a_file_is_used(write):
-    head = 'method = "max"\nmtp = "drop"\nbatch_tokens = 64\nmax_bad_share = 1\n'
+    head = 'method = "mse"\nmtp = "drop"\nbatch_tokens = 64\nmax_bad_share = 1\n'
+    head += 'input_scale = "expert"\ninput_headroom = 2\n'
     recipe = load_recipe(write(head + PASS + "min_tokens = 2\nseed = 9\n"))
+    chosen = (recipe.method, recipe.input_scale, recipe.input_headroom)
+    assert chosen == ("mse", "expert", 2.0)
     assert (recipe.mtp, recipe.batch_tokens, recipe.max_bad_share) == ("drop", 64, 1.0)
     assert recipe.passes == (PassSpec("p", ("a/b",), 4, 2, 8, 9),)
 
@@ -179,6 +184,8 @@ def test_the_recipe_as_data_knows_no_names_and_no_places(tmp_path):
     assert described[0] == {
         "method": "max",
         "mtp": "bf16",
+        "input_scale": "layer",
+        "input_headroom": 1.0,
         "batch_tokens": 8192,
         "passes": [{"name": "p", "samples": 4, "min_tokens": 1, "max_tokens": 8, "seed": 0}],
     }

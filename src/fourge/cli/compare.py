@@ -17,16 +17,22 @@ DEFAULT_TOKENS = 128 * DEFAULT_CONTEXT
 
 Row = dict[str, Any]
 
+Holdout = Annotated[
+    list[str],
+    typer.Option(
+        metavar="[KIND=]PATH",
+        help="Conversations or texts to measure on, none of them calibration data.",
+    ),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="[PASS=]PATH", help="Calibration data, as for quantize."),
+]
+
 
 def compare(
     source: SourceFolder,
-    holdout: Annotated[
-        list[str],
-        typer.Option(
-            metavar="[KIND=]PATH",
-            help="Conversations or texts to measure on, none of them calibration data.",
-        ),
-    ],
+    holdout: Holdout,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -37,10 +43,7 @@ def compare(
         str, typer.Option(help=f"Methods to compare, with commas between; of {', '.join(METHODS)}.")
     ] = ",".join(METHODS),
     recipe: RecipeName = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", metavar="[PASS=]PATH", help="Calibration data, as for quantize."),
-    ] = None,
+    data: Calibration = None,
     tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens.")] = DEFAULT_TOKENS,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window.")] = DEFAULT_CONTEXT,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of windows.")] = 0,

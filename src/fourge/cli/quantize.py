@@ -19,6 +19,19 @@ from fourge.cli.show import console, duration, print_json, say
 from fourge.layerwise.budget import format_bytes
 from fourge.quantize.recipe import load_recipe, with_overrides
 
+InputScale = Annotated[
+    Literal["layer", "expert"] | None,
+    typer.Option(help="Whose largest activation an expert's input_scale comes from."),
+]
+InputHeadroom = Annotated[
+    float | None, typer.Option(help="Factor, 1 or more, on every input_scale.")
+]
+
+WorkFolder = Annotated[
+    Path | None,
+    typer.Option(help="Folder for activations on the way. Default: within OUT."),
+]
+
 
 def quantize(
     source: SourceFolder,
@@ -35,13 +48,8 @@ def quantize(
     ] = None,
     method: MethodChoice = None,
     mtp: MtpChoice = None,
-    input_scale: Annotated[
-        Literal["layer", "expert"] | None,
-        typer.Option(help="Whose largest activation an expert's input_scale comes from."),
-    ] = None,
-    input_headroom: Annotated[
-        float | None, typer.Option(help="Factor, 1 or more, on every input_scale.")
-    ] = None,
+    input_scale: InputScale = None,
+    input_headroom: InputHeadroom = None,
     memory: HostMemory = None,
     device_memory: DeviceMemory = None,
     device: Annotated[
@@ -51,10 +59,7 @@ def quantize(
         Literal["auto", "bfloat16", "float32"],
         typer.Option(help="Arithmetic of the forward pass. auto: bfloat16 where it is native."),
     ] = "auto",
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Folder for activations on the way. Default: within OUT."),
-    ] = None,
+    work: WorkFolder = None,
     seed: Annotated[int | None, typer.Option(help="Added to the seed of every pass.")] = None,
     max_bad_share: Annotated[
         float | None, typer.Option(help="Share of unusable records that is tolerated, 0 to 1.")

@@ -136,7 +136,7 @@ def busy_processes(count: int) -> Iterator[None]:
 def command_of(side: str, source: Path, out: Path, data: Path) -> list[str]:
     if side == "modelopt":
         return [str(source), str(out), str(data)]
-    return ["quantize", str(source), str(out), "--data", str(data)]
+    return ["quantize", str(source), str(out), "--method", "max", "--data", str(data)]
 
 
 def summarise(

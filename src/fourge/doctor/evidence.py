@@ -206,8 +206,7 @@ class Evidence:
         their own error is then not what was kept small.
         """
         method = (self.json_file("fourge/run.json") or {}).get("method")
-        asked = method.get("asked") if isinstance(method, dict) else None
-        return isinstance(asked, str) and asked.startswith(("weighted", "local-hessian"))
+        return isinstance(method, dict) and method.get("needs", "none") != "none"
 
     def quantized_layers(self) -> set[int]:
         """Layers with at least one packed expert projection."""

@@ -86,13 +86,13 @@ class Inputs:
         names = [expert_name(group.layer, expert, projection) for projection in PROJECTIONS]
         prefix = names[0].removesuffix("gate_proj.weight")
         own = Expert(prefix, *(weights[name] for name in names))
-        pool_amax(own)  # a weight that is not finite is named before anything is made of it
         candidates = (method, *METHODS[method].rivals)
         for name in candidates:
             if name not in known.made:
                 began = time.monotonic()
                 measures = self._measures(expert, own, name)
                 if not all(bool(one.isfinite().all()) for one in measures):
+                    pool_amax(own)  # which names the weight, if it is one that is not finite
                     raise CheckpointError(
                         f"activations of layer {group.layer} are not finite (inputs of"
                         f" {prefix.removesuffix('.')}): the source's weights overflow; check the"

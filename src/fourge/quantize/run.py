@@ -43,6 +43,7 @@ from fourge.layerwise.progress import OnProgress, Progress
 from fourge.models import layer as model
 from fourge.quantize.layer import Job, Target, run_layer
 from fourge.quantize.plan import CopyPlan, describe, describe_resources, disk_bytes
+from fourge.quantize.recipe import NEEDS
 from fourge.quantize.resume import RUN_NAME
 from fourge.quantize.writers import LayerWriter, open_writers
 
@@ -248,7 +249,11 @@ def _record(job: Job, target: Target, coverage: Coverage, report: Report) -> dic
             if layer.is_sparse
         ],
         "coverage": coverage._asdict(),
-        "method": {"asked": target.method, "experts": _chosen(job, target)},
+        "method": {
+            "asked": target.method,
+            "needs": NEEDS[target.method],
+            "experts": _chosen(job, target),
+        },
         "input_scale": {
             "policy": plan.recipe.input_scale,
             "headroom": plan.recipe.input_headroom,

@@ -35,6 +35,10 @@ class Method(NamedTuple):
 # modelopt.py:1055-1063).
 POOLS = (("gate_proj", "up_proj"), ("down_proj",))
 
+# The largest magnitude at a weight_scale_2 of 1 that leaves block scales room above amax / 6: 1.5
+# times the largest, 384, is an E4M3 number.
+ROOMY_RANGE = 6 * 256.0
+
 
 def pool_amax(expert: Expert) -> tuple[float, ...]:
     """The largest magnitude of each pool. CheckpointError: a weight is NaN or infinite."""

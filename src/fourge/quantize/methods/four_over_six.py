@@ -15,16 +15,14 @@ from fourge.formats import e2m1, fp8, kernels
 from fourge.formats.layout import BLOCK_SIZE
 from fourge.formats.nvfp4 import NVFP4Tensor
 from fourge.models import chunks
-from fourge.quantize.methods.expert import Expert, Quantized, tensor_scales
-
-AMAX_RANGE = 6 * 256.0
+from fourge.quantize.methods.expert import ROOMY_RANGE, Expert, Quantized, tensor_scales
 
 
 def quantize_expert(expert: Expert, _: Measures) -> Quantized:
     """CheckpointError if a weight is NaN or infinite."""
     return {
         name: _quantize(getattr(expert, name).float(), scale_2)
-        for name, scale_2 in tensor_scales(expert, AMAX_RANGE).items()
+        for name, scale_2 in tensor_scales(expert, ROOMY_RANGE).items()
     }
 
 

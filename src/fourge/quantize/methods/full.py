@@ -8,9 +8,6 @@ from fourge.calibrate.kinds import Kind
 from fourge.calibrate.moments import reduced
 from fourge.quantize.methods.search import DAMPING, factor_of
 
-# Of the mean of the diagonal, added to it: against errors along directions in which inputs hardly
-# ever lie.
-
 
 class Full(NamedTuple):
     """float32; B = K / 16 blocks on the diagonal, S = 16."""
@@ -21,7 +18,9 @@ class Full(NamedTuple):
 
 
 def full_measure(moment_KK: torch.Tensor) -> Full:
-    """Damped; the identity where nothing was seen. ``moment_KK`` is changed."""
+    """Damped, against errors along directions in which inputs hardly ever lie; the identity where
+    nothing was seen. ``moment_KK`` is changed.
+    """
     diagonal = moment_KK.diagonal()
     mean = diagonal.mean()
     diagonal += torch.where(mean > 0, DAMPING * mean, 1.0)

@@ -18,9 +18,9 @@ from fourge.calibrate.moments import Measures
 from fourge.formats import kernels, nvfp4
 from fourge.formats.layout import BLOCK_SIZE
 from fourge.models import chunks
-from fourge.quantize.methods.expert import POOLS, Expert, Quantized, pool_amax
+from fourge.quantize.methods.expert import POOLS, ROOMY_RANGE, Expert, Quantized, pool_amax
 
-AMAX_RANGES = (nvfp4.AMAX_RANGE, 6 * 256.0)
+AMAX_RANGES = (nvfp4.AMAX_RANGE, ROOMY_RANGE)
 # Of the mean of a block's diagonal, added to it: the usual share of GPTQ (Frantar et al., arXiv
 # 2210.17323). Beside a column of huge inputs the others would count for nothing.
 DAMPING = 0.01

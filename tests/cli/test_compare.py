@@ -129,6 +129,15 @@ def test_an_unknown_method_is_refused_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
+def test_held_out_data_that_are_missing_are_refused_before_anything_is_done(
+    source: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    done = run(*command(source, (data[0], tmp_path / "nothing.jsonl"), tmp_path / "out"))
+    assert done.status == 2
+    assert "nothing.jsonl" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_held_out_data_are_needed(source: Path, data: tuple[Path, Path]) -> None:
     done = run("compare", source, "--data", data[0])
     assert done.status == 2

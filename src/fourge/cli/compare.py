@@ -17,6 +17,9 @@ DEFAULT_TOKENS = 128 * DEFAULT_CONTEXT
 
 Row = dict[str, Any]
 
+Methods = Annotated[
+    str, typer.Option(help=f"Methods to compare, with commas between; of {', '.join(METHODS)}.")
+]
 Holdout = Annotated[
     list[str],
     typer.Option(
@@ -39,9 +42,7 @@ def compare(
             help="Folder for the checkpoints. Default: compare-NAME beside SOURCE's name."
         ),
     ] = None,
-    methods: Annotated[
-        str, typer.Option(help=f"Methods to compare, with commas between; of {', '.join(METHODS)}.")
-    ] = ",".join(METHODS),
+    methods: Methods = ",".join(METHODS),
     recipe: RecipeName = None,
     data: Calibration = None,
     tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens.")] = DEFAULT_TOKENS,
@@ -84,6 +85,7 @@ def compare(
         work=folder / "work",
         record=folder / "evaluation",
     )
+    _check_held_out(evaluation)
     with RunDisplay(console) as display:
         try:
             made = quantizing.run_places(
@@ -100,6 +102,18 @@ def compare(
     say(f"checkpoints {folder}, records {folder}/evaluation")
     if json:
         print_json({"methods": rows, "records": [str(path) for path in measured.paths]})
+
+
+def _check_held_out(request: Any) -> None:
+    """FourgeError if data are not there, before hours go into what they shall measure."""
+    from fourge.calibrate.sources import identify_data
+    from fourge.evaluate.windows import pass_specs
+
+    specs = pass_specs(
+        request.data, tokens=request.tokens, context=request.context, seed=request.seed
+    )
+    for spec in specs:
+        identify_data(spec.data)
 
 
 def _chosen(methods: str) -> list[str]:

@@ -12,6 +12,7 @@ from fourge.errors import RecipeError
 from fourge.quantize.recipe import METHODS, load_recipe, with_overrides
 
 BASELINE = "max"
+ALL = ",".join(METHODS)
 DEFAULT_CONTEXT = 256
 DEFAULT_TOKENS = 128 * DEFAULT_CONTEXT
 
@@ -42,7 +43,7 @@ def compare(
             help="Folder for the checkpoints. Default: compare-NAME beside SOURCE's name."
         ),
     ] = None,
-    methods: Methods = ",".join(METHODS),
+    methods: Methods = ALL,
     recipe: RecipeName = None,
     data: Calibration = None,
     tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens.")] = DEFAULT_TOKENS,

@@ -7,7 +7,7 @@ vectorise. Not every scale is tried, but none that could be chosen is left out. 
 - upward until the same is true of what is rounded to zero, or until that is everything, from where
   on larger scales give the same error again;
 - a scale is dropped when the first terms of its sum exceed the best in every row: all are >= 0.
-Releases the GIL; call it from threads. Compiled at the first import (2 s) and cached as cpu.py is.
+Releases the GIL; call it from threads. Compiled at the first import and cached as cpu.py is.
 
 Array suffixes: N rows, K columns, B blocks of a row, S = 16, R rows of a tile.
 """

@@ -1,6 +1,6 @@
 """What the server costs over the engine it serves, on the example model, in one run.
 
-    .venv/bin/python benchmarks/serving.py [--threads 1] [--rounds 3] [--tokens 48]
+    .venv/bin/python benchmarks/serving.py [--threads 1] [--rounds 5] [--tokens 48]
 
 1, 16 and 64 clients each ask, wait for the whole stream, and ask again. "bare": the same prompts
 through AsyncEngine in this process, nothing but tokens. "served": streams of chat completions from
@@ -33,7 +33,7 @@ from fourge.engine.async_engine import AsyncEngine
 
 MODEL = REPOSITORY / "examples" / "tiny-glm"
 CLIENTS = (1, 16, 64)
-REQUESTS_EACH = 2
+REQUESTS_EACH = 4
 LEAST_REQUESTS = 12
 SEQUENCES = 64
 
@@ -43,7 +43,7 @@ Tokens = Callable[[int], AsyncIterator[None]]  # one item a token of request num
 def main() -> None:
     parser = argparse.ArgumentParser(description="The server against its bare engine.")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

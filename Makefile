@@ -25,8 +25,9 @@ demo: .venv/installed
 	$(BIN)/fourge report $(OUT)
 	$(BIN)/python examples/talk.py $(OUT)
 
+# Two workers; the tests of a file stay together, since they share what its fixtures make.
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadscope
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -25,6 +25,15 @@ from typing import Any, NamedTuple
 # Audit events that come just before the file system changes (os.replace audits as os.rename).
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "shutil.copyfile"}
 
+# What a verb imports when it is called; the server has it before it forks for one.
+LATE_IMPORTS = {
+    "quantize": "quantize.start",
+    "evaluate": "evaluate.start",
+    "report": "reports.write",
+    "serve": "serve.run",
+    "chat": "serve.run",
+}
+
 # What of a record differs from run to run.
 TIMES = {"fourge/run.json": "timing", "fourge/doctor.json": "checked_at"}
 
@@ -154,6 +163,9 @@ def _serve() -> None:
             _, status = os.waitpid(request["wait"], 0)
             answer = {"status": os.waitstatus_to_exitcode(status)}
         else:
+            verb = request["arguments"][0]
+            if verb in LATE_IMPORTS:
+                importlib.import_module(f"fourge.{LATE_IMPORTS[verb]}")
             pid = os.fork()
             if pid == 0:
                 _become_fourge(request)
@@ -168,13 +180,17 @@ def _warm_up(main: Callable[[], None]) -> None:
 
     from fourge.formats import kernels, nvfp4
 
-    for verb in ("quantize", "evaluate"):
-        importlib.import_module(f"fourge.{verb}.start")  # which the verb does when it is called
     weights = torch.ones(16, 16, dtype=torch.bfloat16)
     kernels.quantize(weights, nvfp4.weight_scale_2(kernels.amax(weights)))
-    sys.argv = ["fourge", "--help"]  # imports every verb
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        main()
+    # The first imports every verb; the second what reads arguments (pydantic, for typer).
+    for arguments in (["--help"], ["doctor", os.devnull]):
+        sys.argv = ["fourge", *arguments]
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.suppress(SystemExit),
+        ):
+            main()
 
 
 def _status_of(main: Callable[[], None]) -> int:

@@ -13,7 +13,7 @@ import httpx2
 import psutil
 import pytest
 
-from fourge.errors import ConfigError, EngineError
+from fourge.errors import ConfigError, EngineError, FourgeError
 from fourge.serve.engine_process import EngineProcess
 from fourge.serve.run import Setup, load
 from serving import running
@@ -50,6 +50,22 @@ def test_streams_end_and_the_server_says_so_when_the_engine_is_killed(
         assert found.service.admission.taken == 0
     assert "ended with signal SIGKILL" in caplog.text
     served.engine.close()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"preferred": {"heat": 1}},
+        {"preferred": {"top_p": 2}},
+        {"template_options": {"shape": 1}},
+    ],
+)
+def test_what_needs_no_weights_is_refused_before_they_are_loaded(
+    tiny_glm: Path, wrong: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("fourge.serve.run.EngineProcess", lambda *_: pytest.fail("it was loaded"))
+    with pytest.raises(FourgeError, match=r"heat|top_p is 2|shape"):
+        load(Setup(checkpoint=tiny_glm, **wrong), lambda *_: None)
 
 
 def test_a_server_that_is_killed_leaves_no_engine_behind(tiny_glm: Path):

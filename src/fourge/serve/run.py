@@ -15,20 +15,23 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from fourge.chat.template import normalise, render
 from fourge.chat.tokens import VOCABULARY_FILES, load_tokenizer
 from fourge.engine.loader import OnProgress
-from fourge.engine.params import SamplingParams
+from fourge.engine.params import Defaults, SamplingParams, resolved
 from fourge.errors import CheckpointError, EngineError, RequestError
 from fourge.serve.app import create_app
 from fourge.serve.engine_process import EngineProcess
 from fourge.serve.limits import Limits
 from fourge.serve.served import Served
 from fourge.serve.service import Service
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 _NOT_PREFERRED = {"structured_outputs", "seed", "logprobs", "prompt_logprobs", "cache_salt"}
 
@@ -59,19 +62,23 @@ def serve(setup: Setup, *, on_progress: OnProgress, on_ready: Callable[[str], No
 
 
 def load(setup: Setup, on_progress: OnProgress) -> Served:
-    """The checkpoint, ready to serve, in a process of its own."""
+    """The checkpoint, ready to serve, in a process of its own. What can be refused without its
+    weights is refused before they are loaded."""
+    tokenizer = _tokenizer(setup)
+    preferred = preferred_params(setup.preferred)
     options = dict(setup.engine)
     options["cache_dtype"] = options.pop("kv_cache_dtype", "auto")
     options["speculative_tokens"] = options.pop("num_speculative_tokens", 0)
     engine = EngineProcess(setup.checkpoint, options, on_progress)
     try:
-        return _served(setup, engine)
+        engine.check([0], preferred)  # its tokens too, now that the vocabulary is known
+        return _served(setup, tokenizer, engine)
     except BaseException:
         engine.close()
         raise
 
 
-def _served(setup: Setup, engine: EngineProcess) -> Served:
+def _tokenizer(setup: Setup) -> "Tokenizer":
     if not any((setup.checkpoint / name).is_file() for name in VOCABULARY_FILES):
         raise CheckpointError(
             f"{setup.checkpoint} has no tokenizer, and a server needs one: copy the model's"
@@ -81,7 +88,10 @@ def _served(setup: Setup, engine: EngineProcess) -> Served:
     if setup.template_options:
         hello = normalise([{"role": "user", "content": "Hello"}])
         render(tokenizer, hello, add_generation_prompt=True, options=setup.template_options)
-    engine.check([0], preferred_params(setup.preferred))
+    return tokenizer
+
+
+def _served(setup: Setup, tokenizer: "Tokenizer", engine: EngineProcess) -> Served:
     facts = engine.facts
     from_checkpoint = {
         name: getattr(facts.bounds.defaults, name)
@@ -104,7 +114,8 @@ def _served(setup: Setup, engine: EngineProcess) -> Served:
 
 
 def preferred_params(preferred: Mapping[str, Any]) -> SamplingParams:
-    """RequestError: a name that is no default for sampling."""
+    """RequestError: a name that is no default for sampling, or a value out of range; whether the
+    model has the tokens is not known here."""
     known = {one.name for one in fields(SamplingParams)} - _NOT_PREFERRED
     unknown = sorted(preferred.keys() - known)
     if unknown:
@@ -112,7 +123,9 @@ def preferred_params(preferred: Mapping[str, Any]) -> SamplingParams:
             f"the preferred sampling parameters have {', '.join(unknown)}; known are"
             f" {', '.join(sorted(known))}."
         )
-    return SamplingParams(**preferred)
+    params = SamplingParams(**preferred)
+    resolved(params, Defaults(), sys.maxsize)
+    return params
 
 
 async def _serve(

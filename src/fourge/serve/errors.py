@@ -18,6 +18,7 @@ _TYPES = {
     405: "invalid_request_error",
     413: "request_too_large",
     429: "rate_limit_error",
+    499: "request_aborted",  # a number that no client tries again
     503: "overloaded_error",
     504: "timeout_error",
 }

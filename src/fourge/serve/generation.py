@@ -7,7 +7,6 @@ step of the engine.
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
-from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -72,22 +71,28 @@ class Generation:
         self.job, self.release = job, release
         self._served, self._metrics, self._timeout_s = served, metrics, timeout_s
         self._counted: set[int] = set()  # prompts whose cached tokens are counted
+        self._given: asyncio.Queue[tuple[int, Result]] = asyncio.Queue()
+
+    def abort(self) -> None:
+        """End all answers, in the event loop that listens; for the client that is an error."""
+        self._end(ApiError(499, "the request was aborted.", code="aborted"))
+
+    def _end(self, error: ApiError) -> None:
+        self._given.put_nowait((0, error))
 
     async def steps(self) -> AsyncGenerator[Step, None]:
         """Every step of every answer. Raises ApiError: the time is over, or the engine could not
         go on. To be closed (contextlib.aclosing)."""
-        given: asyncio.Queue[tuple[int, Result]] = asyncio.Queue()
         late = ApiError(504, f"the request took longer than {self._timeout_s:g} s.", code="timeout")
-        put_late = partial(given.put_nowait, (0, late))
-        timer = asyncio.get_running_loop().call_later(self._timeout_s, put_late)
+        timer = asyncio.get_running_loop().call_later(self._timeout_s, self._end, late)
         leaving: list[Callable[[], None]] = []
         clocks = [_Clock() for _ in self.answers]
         try:
             for answer in self.answers:
-                leaving.append(self._begin(answer, given))
+                leaving.append(self._begin(answer))
             left = len(leaving)
             while left:
-                index, update = await given.get()
+                index, update = await self._given.get()
                 if isinstance(update, Exception):
                     raise update
                 answer = self.answers[index]
@@ -108,13 +113,11 @@ class Generation:
             for leave in leaving:
                 leave()
 
-    def _begin(
-        self, answer: Answer, given: asyncio.Queue[tuple[int, Result]]
-    ) -> Callable[[], None]:
+    def _begin(self, answer: Answer) -> Callable[[], None]:
         number, params = self.job.choices[answer.index]
         return self._served.engine.begin(
             self.job.prompts[number], params,
-            lambda result: given.put_nowait((answer.index, result)),
+            lambda result: self._given.put_nowait((answer.index, result)),
         )  # fmt: skip
 
     def _observe(self, clock: "_Clock", num_tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import TypeVar
@@ -31,6 +31,7 @@ class Service:
         self.draining = False
         self.started_s = time.time()
         self._served: Served | None = None
+        self._under_way: dict[str, set[Generation]] = {}  # by the id of the request
         # One thread: tokenizers are not made for several (they raise "Already borrowed").
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="prepare")
 
@@ -69,23 +70,39 @@ class Service:
                 " given to one request.", param="n",
             )  # fmt: skip
         release = self.admission.take(num_answers)
+        request_id = request.scope["state"]["request_id"]
         try:
-            generation = await self.in_worker(lambda: self._prepared(served, prepare, release))
+            generation = await self.in_worker(
+                lambda: Generation(
+                    served, prepare(served), metrics=self.metrics,
+                    timeout_s=self.limits.request_timeout_s,
+                    release=lambda: self._leave(request_id, generation, release),
+                )
+            )  # fmt: skip
             if (grammar := generation.job.grammar) is not None:
                 await served.engine.compile(grammar)  # may take a while; others need not wait
         except BaseException:
             release()
             raise
         request.scope["state"] |= {"model": model, "figures": generation.figures}
+        self._under_way.setdefault(request_id, set()).add(generation)
         return generation
 
-    def _prepared(
-        self, served: Served, prepare: Callable[[Served], Job], release: Callable[[], None]
-    ) -> Generation:
-        return Generation(
-            served, prepare(served), metrics=self.metrics,
-            timeout_s=self.limits.request_timeout_s, release=release,
-        )  # fmt: skip
+    def _leave(self, request_id: str, generation: Generation, release: Callable[[], None]) -> None:
+        release()
+        same = self._under_way.get(request_id, set())
+        same.discard(generation)
+        if not same:
+            self._under_way.pop(request_id, None)
+
+    def abort(self, request_ids: Sequence[str] | None = None) -> list[str]:
+        """End the requests with these ids, or all; which ones there were."""
+        wanted = list(self._under_way) if request_ids is None else dict.fromkeys(request_ids)
+        found = [one for one in wanted if one in self._under_way]
+        for request_id in found:
+            for generation in self._under_way[request_id]:
+                generation.abort()
+        return found
 
     def stream(
         self, generation: Generation, events: Events, on_error: Callable[[ApiError], bytes]

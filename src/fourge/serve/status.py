@@ -1,4 +1,4 @@
-"""What is not an answer: models, health, versions, metrics, tokens."""
+"""What is not an answer: models, health, versions, metrics, and an end to what is under way."""
 
 from dataclasses import asdict
 from typing import Any
@@ -7,14 +7,16 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from fourge import __version__
+from fourge.serve.bodies import body_route
 from fourge.serve.errors import ApiError
+from fourge.serve.protocol.openai import AbortRequest
 from fourge.serve.served import Served
 from fourge.serve.service import Service
 
 
 def router(service: Service) -> APIRouter:
     """The routes of this surface."""
-    routes = APIRouter(tags=["Server"])
+    routes = APIRouter(tags=["Server"], route_class=body_route(service.limits.max_messages))
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -59,6 +61,11 @@ def router(service: Service) -> APIRouter:
             "engine": dict(served.details),
             "stats": served.engine.stats(),
         }
+
+    @routes.post("/abort")
+    async def abort(body: AbortRequest) -> dict[str, list[str]]:
+        """End requests whose client cannot; theirs get an error. ``aborted``: those there were."""
+        return {"aborted": service.abort(body.request_ids)}
 
     @routes.get("/metrics", response_model=None)
     async def metrics() -> Response:

@@ -80,13 +80,15 @@ class EventStream(Response):
                     "headers": self.raw_headers,
                 }
             )
-            await _first_of(self._send_events(send), _disconnected(receive), self._ping(send))
+            await _first_of(
+                self._send_events(scope, send), _disconnected(receive), self._ping(send)
+            )
         except ClientGone:
             scope["state"]["disconnected"] = True
         finally:
             self._release()
 
-    async def _send_events(self, send: Send) -> None:
+    async def _send_events(self, scope: Scope, send: Send) -> None:
         try:
             async with aclosing(self._events) as events:
                 async for data in events:
@@ -94,7 +96,9 @@ class EventStream(Response):
         except OSError as error:  # from send
             raise ClientGone from error
         except Exception as error:
-            await _send_body(send, self._on_error(api_error(error)))
+            told = api_error(error)
+            scope["state"]["error"] = told.message  # for the log
+            await _send_body(send, self._on_error(told))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _ping(self, send: Send) -> None:

@@ -194,6 +194,19 @@ class TokenizeMessages(TemplateFields):
     return_token_strs: bool = False
 
 
+class AbortRequest(Strict):
+    """POST /abort: requests by their X-Request-Id, or all of them."""
+
+    request_ids: list[str] | None = None
+    abort_all: bool = False
+
+    @model_validator(mode="after")
+    def _says_which(self) -> "AbortRequest":
+        if (self.request_ids is None) != self.abort_all:
+            raise ValueError("give either request_ids or abort_all")
+        return self
+
+
 class DetokenizeRequest(Strict):
     """POST /detokenize."""
 

@@ -25,9 +25,10 @@ demo: .venv/installed
 	$(BIN)/fourge report $(OUT)
 	$(BIN)/python examples/talk.py $(OUT)
 
-# Two workers; the tests of a file stay together, since they share what its fixtures make.
+# Two workers with one thread each, or they wait for each other's; the tests of a file stay together,
+# since they share what its fixtures make.
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -3,9 +3,11 @@
 import json
 import signal
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from fourge.cli.arguments import MethodChoice
 from fourge.quantize.recipe import METHODS
 from fourge_process import Finished, contents, run, start
 from random_checkpoint import published_config, write_checkpoint, write_input_ids
@@ -115,6 +117,11 @@ def test_a_killed_comparison_goes_on(
     for method in ("max", *ASKED):
         assert contents(out / method) == contents(compared[1] / method)
     assert not (out / "work").exists() or not any((out / "work").iterdir())
+
+
+def test_the_other_verbs_have_all_methods_too() -> None:
+    choices, *_ = get_args(get_args(MethodChoice)[0])
+    assert get_args(choices) == METHODS
 
 
 def test_an_unknown_method_is_refused_before_anything_is_done(

@@ -147,11 +147,19 @@ def read_pieces(
         yield first, target.view(TORCH_DTYPES[info.dtype]).view(count, row_elements)
 
 
-def read_all_tensors(files: FileReader, tensors: Iterable[TensorInfo]) -> dict[str, torch.Tensor]:
-    """Small tensors by name, each in memory of its own, on the CPU."""
-    result = {}
+def read_all_tensors(
+    files: FileReader, tensors: Iterable[TensorInfo], buffer: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Small tensors by name on the CPU, each in memory of its own, or all of them in the uint8
+    ``buffer``, which needs ``aligned_bytes`` of them.
+    """
+    result, start = {}, 0
     for info in tensors:
-        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        if buffer is None:
+            data = torch.empty(info.nbytes, dtype=torch.uint8)
+        else:
+            data = buffer[start : start + info.nbytes]
+            start += aligned_bytes([info])
         files.read(info, data)
         result[info.name] = data.view(TORCH_DTYPES[info.dtype]).view(info.shape)
     return result

@@ -5,7 +5,7 @@ that fits; as stored, with the latest expanded ones kept (experts.py), on a CPU 
 stored, on a GPU, those of a layer one after the other if they are of one kind and the compute dtype
 is bfloat16. Everything else is cast to the compute dtype once, but for the router and the indexer's
 keys and head weights, which are float32. Peak memory: the result, and one expert or one layer's
-other tensors per thread.
+other tensors per thread; for a GPU, STAGING_BYTES of pinned memory per thread as well.
 """
 
 import threading
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fourge.checkpoint.header import TensorInfo
+from fourge.checkpoint.header import TensorInfo, aligned_bytes
 from fourge.checkpoint.names import FUSED_DOWN, FUSED_GATE_UP, PROJECTIONS, expert_suffix, parse
 from fourge.checkpoint.source import FileReader, check_finite, read_all_tensors
 from fourge.engine.experts import ExpandedExperts, PackedLayer, expand
@@ -29,6 +29,10 @@ from fourge.models.tensors import projection_shape
 
 Weights = Mapping[str, torch.Tensor]
 OnProgress = Callable[[int, int], None]  # bytes read, of how many
+
+# An expert of GLM-5.1 has 21 MiB. Fresh memory is slow to touch, and what is not pinned is copied
+# twice on its way to a GPU.
+STAGING_BYTES = 64 << 20
 
 _PARTS = ("", "_scale", "_scale_2")  # of an NVFP4 weight's name, in the order of NVFP4Tensor
 _FLOAT32 = ("self_attn.indexer.weights_proj.", "self_attn.indexer.k_norm.", "mlp.gate.")
@@ -76,6 +80,7 @@ class Loader:
         self._on_progress = on_progress
         self._done, self._total = 0, stored_bytes(source, layers)
         self._lock = threading.Lock()
+        self._staging = threading.local()
 
     def load(self, weight_budget: int) -> Loaded:
         """Expand experts if all weights fit in ``weight_budget`` bytes."""
@@ -183,20 +188,30 @@ class Loader:
 
     def _read(self, tensors: Iterable[TensorInfo]) -> dict[str, torch.Tensor]:
         """Checked, on the device, under their names within the layer."""
+        tensors = list(tensors)
         with FileReader(self._source.folder) as files:
-            found = read_all_tensors(files, tensors)
+            found = read_all_tensors(files, tensors, self._buffer(tensors))
         result = {}
         for name, tensor in found.items():
-            values = tensor
-            if tensor.dtype == torch.float8_e4m3fn:  # its NaN is all ones but the sign
-                values = torch.where(tensor.view(torch.uint8) & 0x7F == 0x7F, torch.nan, 0.0)
+            placed = values = tensor.to(self._device)  # where checks are cheap too
+            if placed.dtype == torch.float8_e4m3fn:  # its NaN is all ones but the sign
+                values = torch.where(placed.view(torch.uint8) & 0x7F == 0x7F, torch.nan, 0.0)
             if values.is_floating_point():
                 check_finite(name, values)
-            result[parse(name).suffix] = tensor.to(self._device)
+            result[parse(name).suffix] = placed
         with self._lock:
             self._done += sum(tensor.nbytes for tensor in found.values())
             self._on_progress(self._done, self._total)
         return result
+
+    def _buffer(self, tensors: list[TensorInfo]) -> torch.Tensor | None:
+        """Of this thread, which copies what it has read before it reads on; None if that stays on
+        the CPU, or is more than a buffer holds."""
+        if self._device.type == "cpu" or aligned_bytes(tensors) > STAGING_BYTES:
+            return None
+        if not hasattr(self._staging, "buffer"):
+            self._staging.buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+        return self._staging.buffer
 
 
 def _wanted(source: Source, layers: range) -> list[TensorInfo]:

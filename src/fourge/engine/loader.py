@@ -32,7 +32,7 @@ OnProgress = Callable[[int, int], None]  # bytes read, of how many
 
 # An expert of GLM-5.1 has 21 MiB. Fresh memory is slow to touch, and what is not pinned is copied
 # twice on its way to a GPU.
-STAGING_BYTES = 64 << 20
+STAGING_BYTES = 32 << 20
 
 _PARTS = ("", "_scale", "_scale_2")  # of an NVFP4 weight's name, in the order of NVFP4Tensor
 _FLOAT32 = ("self_attn.indexer.weights_proj.", "self_attn.indexer.k_norm.", "mlp.gate.")

@@ -9,8 +9,8 @@ from typing import Any
 
 import uvicorn
 
-from fourge.serve.app import create_app
 from fourge.serve.limits import Limits
+from fourge.serve.run import http_config
 from fourge.serve.served import Served
 from fourge.serve.service import Service
 
@@ -37,10 +37,8 @@ def running(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()  # whoever comes before uvicorn does waits for it
-        config = uvicorn.Config(
-            create_app(service), log_config=None, access_log=False, lifespan="off",
-            timeout_graceful_shutdown=1,
-        )  # fmt: skip
+        config = http_config(service)
+        config.timeout_graceful_shutdown = 1
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()

@@ -46,6 +46,7 @@ def test_a_stream_ends_with_an_error_and_frees_its_cache(
     assert json.loads(error.removeprefix("data: ")) == {"error": ABORTED}
     assert done == "data: [DONE]"
     settled(server, engine)
+    eventually(lambda: '"id": "mine"' in caplog.text)
     logged = [json.loads(one.message) for one in caplog.records if one.message.startswith("{")]
     (line,) = [one for one in logged if one["id"] == "mine"]
     assert line["error"] == "the request was aborted."

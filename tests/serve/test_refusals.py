@@ -1,8 +1,11 @@
 """What the server refuses, and that it says what is wrong: 4xx in the form of the surface."""
 
 import json
+import select
+import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +126,24 @@ def test_a_body_without_a_length_is_measured(ask: httpx2.Client):
     answer = ask.post(CHAT, content=parts(), headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
     assert "at most 4096 bytes" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("piece", [b"a" * 4096, b"a: b\r\n" * 512], ids=["one", "many"])
+def test_headers_without_end_are_not_read_for_ever(
+    strict: tuple[Running, ScriptedEngine], piece: bytes
+):
+    address = httpx2.URL(strict[0].url)
+    with socket.create_connection((address.host, address.port), timeout=10) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n")
+        sent, answer = 0, b""
+        with suppress(ConnectionError):
+            while sent < 64 << 20:
+                sent += client.send(piece)
+                if select.select([client], [], [], 0)[0]:
+                    answer = client.recv(4096)
+                    break
+    assert sent < 16 << 20
+    assert not answer or answer.startswith(b"HTTP/1.1 400 ")
 
 
 def test_without_the_key_nothing_is_told(strict: tuple[Running, ScriptedEngine]):

@@ -133,11 +133,7 @@ async def _serve(
     on_ready: Callable[[str], None],
 ) -> None:  # fmt: skip
     service = Service(setup.limits, setup.api_keys)
-    config = uvicorn.Config(
-        create_app(service), log_config=None, access_log=False, lifespan="off", server_header=False,
-        timeout_graceful_shutdown=round(setup.limits.drain_s),
-    )  # fmt: skip
-    server = _Server(config)
+    server = _Server(http_config(service))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     loop = asyncio.get_running_loop()
 
@@ -165,6 +161,16 @@ async def _serve(
         server.should_exit = True
         await asyncio.gather(serving, loading, return_exceptions=True)
         await asyncio.to_thread(service.close)
+
+
+def http_config(service: Service) -> uvicorn.Config:
+    """h11, though httptools takes a twentieth less time: uvicorn bounds the headers that h11 reads
+    (64 KiB), and nothing bounds those of httptools."""
+    return uvicorn.Config(
+        create_app(service), http="h11", ws="none", lifespan="off", log_config=None,
+        access_log=False, server_header=False,
+        timeout_graceful_shutdown=round(service.limits.drain_s),
+    )  # fmt: skip
 
 
 class _Server(uvicorn.Server):

@@ -1,14 +1,14 @@
 """What the server costs over the engine it serves, on the example model, in one run.
 
-    .venv/bin/python benchmarks/serving.py [--threads 1] [--rounds 5] [--tokens 48]
+    .venv/bin/python benchmarks/serving.py [--threads 1] [--rounds 9] [--tokens 48]
 
 1, 16 and 64 clients each ask, wait for the whole stream, and ask again. "bare": the same prompts
 through AsyncEngine in this process, nothing but tokens. "served": streams of chat completions from
-`fourge serve`; this process is the clients then, and shares the processor with it. Rounds of the
-two alternate. Prints one JSON document: for both requests/s, tokens/s, processor time a token (of
-this process, or of the server and its engine's; others on the machine disturb it less), the median
-and 99th percentile of the time between two tokens; and the overhead in requests/s and in processor
-time.
+`fourge serve`; this process is the clients then, and shares the processor with it. The two take
+turns, and the overhead is the median over rounds of what one took over the other beside it: on a
+shared machine rounds of one kind differ by a third. Prints one JSON document: for both requests/s,
+tokens/s, processor time a token (of this process, or of the server and its engine's), the median and
+99th percentile of the time between two tokens; and the overhead in requests/s and in processor time.
 """
 
 import argparse
@@ -43,7 +43,7 @@ Tokens = Callable[[int], AsyncIterator[None]]  # one item a token of request num
 def main() -> None:
     parser = argparse.ArgumentParser(description="The server against its bare engine.")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=48, help="of an answer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -100,19 +100,20 @@ def measure(
             result = asyncio.run(way())  # type: ignore[arg-type]
             if number:  # the first one warms up
                 found[name].append(result)
-    median = {
-        (name, what): statistics.median(one[what] for one in rounds)
-        for name, rounds in found.items()
-        for what in ("requests_per_s", "processor_s_per_token")
-    }
     return {
         "clients": clients,
-        "overhead": median["bare", "requests_per_s"] / median["served", "requests_per_s"] - 1,
-        "processor_overhead": median["served", "processor_s_per_token"]
-        / median["bare", "processor_s_per_token"]
-        - 1,
+        "overhead": median_excess(found, lambda one: 1 / one["requests_per_s"]),
+        "processor_overhead": median_excess(found, lambda one: one["processor_s_per_token"]),
         **found,
     }
+
+
+def median_excess(
+    found: dict[str, list[dict[str, float]]], cost: Callable[[dict[str, float]], float]
+) -> float:
+    """Over rounds, how much more the server cost than the bare engine beside it."""
+    pairs = zip(found["served"], found["bare"], strict=True)
+    return statistics.median(cost(served) / cost(bare) for served, bare in pairs) - 1
 
 
 async def run(

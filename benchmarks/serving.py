@@ -7,8 +7,9 @@ through AsyncEngine in this process, nothing but tokens. "served": streams of ch
 `fourge serve`; this process is the clients then, and shares the processor with it. The two take
 turns, and the overhead is the median over rounds of what one took over the other beside it: on a
 shared machine rounds of one kind differ by a third. Prints one JSON document: for both requests/s,
-tokens/s, processor time a token (of this process, or of the server and its engine's), the median and
-99th percentile of the time between two tokens; and the overhead in requests/s and in processor time.
+tokens/s, processor time a token (of this process, or of the server and its engine's), the median
+and 99th percentile of the time between two tokens; and the overhead in requests/s and in processor
+time.
 """
 
 import argparse

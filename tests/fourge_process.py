@@ -27,11 +27,12 @@ CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "s
 
 # What a verb imports when it is called; the server has it before it forks for one.
 LATE_IMPORTS = {
-    "quantize": "quantize.start",
-    "evaluate": "evaluate.start",
-    "report": "reports.write",
-    "serve": "serve.run",
-    "chat": "serve.run",
+    "quantize": ("quantize.start",),
+    "evaluate": ("evaluate.start",),
+    "compare": ("quantize.start", "evaluate.start"),
+    "report": ("reports.write",),
+    "serve": ("serve.run",),
+    "chat": ("serve.run",),
 }
 
 # What of a record differs from run to run.
@@ -163,9 +164,8 @@ def _serve() -> None:
             _, status = os.waitpid(request["wait"], 0)
             answer = {"status": os.waitstatus_to_exitcode(status)}
         else:
-            verb = request["arguments"][0]
-            if verb in LATE_IMPORTS:
-                importlib.import_module(f"fourge.{LATE_IMPORTS[verb]}")
+            for module in LATE_IMPORTS.get(request["arguments"][0], ()):
+                importlib.import_module(f"fourge.{module}")
             pid = os.fork()
             if pid == 0:
                 _become_fourge(request)

@@ -3,7 +3,8 @@
 import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +25,14 @@ class Running:
     @property
     def stats(self) -> dict[str, Any]:
         return self.service.served.engine.stats()
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Fails unless ``holds()`` becomes true in time."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @contextmanager

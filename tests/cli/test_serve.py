@@ -13,7 +13,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +26,7 @@ from fourge.cli import serve as serve_verb
 from fourge.engine.options import EngineOptions
 from fourge_process import run, run_fresh
 from scripted_engine import scripted
-from serving import running
+from serving import eventually, running
 
 FOURGE = [sys.executable, "-m", "fourge.cli.main"]
 SMALL = ("--cache-tokens", "8192", "--max-num-seqs", "4")
@@ -160,7 +160,7 @@ def test_reasoning_is_dim_and_ctrl_c_stops_an_answer(tiny_glm: Path, tmp_path: P
         _talk(ours, "", "/quit\n")
         assert process.wait(20) == 0
         os.close(ours)
-        _eventually(lambda: engine.under_way == 0)
+        eventually(lambda: engine.under_way == 0)
     assert (tmp_path / "fourge" / "chat-history").read_text().split() == ["Hi", "Again", "/quit"]
 
 
@@ -203,10 +203,3 @@ def _read(terminal: int, wanted: str) -> str:
         assert select.select([terminal], [], [], 20)[0], f"waited for {wanted!r} after {seen!r}"
         seen += os.read(terminal, 4096).decode(errors="replace")
     return seen
-
-
-def _eventually(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -3,7 +3,6 @@
 import json
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import openai
 import pytest
 
 from scripted_engine import ScriptedEngine, scripted
-from serving import Running, running
+from serving import Running, eventually, running
 
 ASK: dict[str, Any] = {"model": "glm", "messages": [{"role": "user", "content": "Hi"}]}
 ABORTED = {
@@ -112,10 +111,3 @@ def abort(server: Running, **body: object) -> list[str]:
 
 def settled(server: Running, engine: ScriptedEngine) -> None:
     eventually(lambda: engine.under_way == server.service.admission.taken == 0)
-
-
-def eventually(holds: Any) -> None:
-    end = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)

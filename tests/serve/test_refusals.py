@@ -3,7 +3,6 @@
 import json
 import select
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 
 from fourge.serve.limits import Limits
 from scripted_engine import ScriptedEngine, scripted
-from serving import Running, running
+from serving import Running, eventually, running
 
 HI = {"model": "tiny-glm", "messages": [{"role": "user", "content": "Hi"}]}
 CHAT = "/v1/chat/completions"
@@ -170,7 +169,7 @@ def test_a_full_queue_says_when_to_come_again(slow: tuple[Running, ScriptedEngin
             refused = http.post(CHAT, json=HI)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
         assert int(refused.headers["Retry-After"]) >= 1
-    deadline(lambda: engine.under_way == 0 and running_server.service.admission.taken == 0)
+    eventually(lambda: engine.under_way == 0 and running_server.service.admission.taken == 0)
 
 
 def test_a_request_ends_at_its_time(ask: httpx2.Client, strict: tuple[Running, ScriptedEngine]):
@@ -181,7 +180,7 @@ def test_a_request_ends_at_its_time(ask: httpx2.Client, strict: tuple[Running, S
     assert json.loads(events[-2])["error"]["code"] == "timeout"
     assert events[-1] == "[DONE]"
     assert ": ping" in lines
-    deadline(lambda: strict[1].under_way == 0)
+    eventually(lambda: strict[1].under_way == 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -197,7 +196,7 @@ def test_a_client_that_leaves_ends_its_request(slow: tuple[Running, ScriptedEngi
             with pytest.raises(httpx2.ReadTimeout):
                 http.post(CHAT, json=HI)
     # Long before the 20 s that the answer takes.
-    deadline(lambda: engine.under_way == 0 and running_server.service.admission.taken == 0)
+    eventually(lambda: engine.under_way == 0 and running_server.service.admission.taken == 0)
     assert len(engine.prompts) == 1
 
 
@@ -240,11 +239,3 @@ def test_the_request_id_is_kept_and_logged(
     assert line["output_tokens"] == kept.json()["usage"]["completion_tokens"]
     assert line["labels"] == {"user": "ada"}
     assert 0 < line["first_token_s"] <= line["total_s"]
-
-
-def deadline(holds: Any, seconds: float = 5.0) -> None:
-    """Fails unless ``holds()`` becomes true in time."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.005)

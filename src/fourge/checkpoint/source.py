@@ -65,12 +65,10 @@ class TensorStream:
                 yield group
 
     def _load(self, number: int) -> dict[str, torch.Tensor]:
-        arena, position, views = self._arenas[number % 2], 0, {}
-        for info in self._groups[number]:
-            target = arena[position : position + info.nbytes]
+        views = {}
+        for info, target in _side_by_side(self._groups[number], self._arenas[number % 2]):
             self._fill(info, target)
-            views[info.name] = target.view(TORCH_DTYPES[info.dtype]).view(info.shape)
-            position += aligned_bytes([info])
+            views[info.name] = _typed(info, target)
         return views
 
     def _fill(self, info: TensorInfo, target: torch.Tensor) -> None:
@@ -153,16 +151,29 @@ def read_all_tensors(
     """Small tensors by name on the CPU, each in memory of its own, or all of them in the uint8
     ``buffer``, which needs ``aligned_bytes`` of them.
     """
-    result, start = {}, 0
-    for info in tensors:
-        if buffer is None:
-            data = torch.empty(info.nbytes, dtype=torch.uint8)
-        else:
-            data = buffer[start : start + info.nbytes]
-            start += aligned_bytes([info])
+    if buffer is None:
+        places = ((info, torch.empty(info.nbytes, dtype=torch.uint8)) for info in tensors)
+    else:
+        places = _side_by_side(tensors, buffer)
+    result = {}
+    for info, data in places:
         files.read(info, data)
-        result[info.name] = data.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+        result[info.name] = _typed(info, data)
     return result
+
+
+def _side_by_side(
+    tensors: Iterable[TensorInfo], buffer: torch.Tensor
+) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+    """Each with its bytes of the uint8 ``buffer``, as ``aligned_bytes`` counts them."""
+    start = 0
+    for info in tensors:
+        yield info, buffer[start : start + info.nbytes]
+        start += aligned_bytes([info])
+
+
+def _typed(info: TensorInfo, data: torch.Tensor) -> torch.Tensor:
+    return data.view(TORCH_DTYPES[info.dtype]).view(info.shape)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -9,7 +9,7 @@ other tensors per thread; for a GPU, STAGING_BYTES of pinned memory per thread a
 """
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -186,9 +186,8 @@ class Loader:
             for name, tensor in self._read(tensors).items()
         }
 
-    def _read(self, tensors: Iterable[TensorInfo]) -> dict[str, torch.Tensor]:
+    def _read(self, tensors: list[TensorInfo]) -> dict[str, torch.Tensor]:
         """Checked, on the device, under their names within the layer."""
-        tensors = list(tensors)
         with FileReader(self._source.folder) as files:
             found = read_all_tensors(files, tensors, self._buffer(tensors))
         result = {}

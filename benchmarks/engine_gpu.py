@@ -92,18 +92,9 @@ def main() -> None:
 def glm(num_layers: int) -> ModelConfig:
     """GLM-5.1 with fewer layers."""
     sys.path.append(str(REPOSITORY / "tests"))
-    from random_checkpoint import published_config
+    from hollow_checkpoint import glm_5_1
 
-    return from_dict(
-        published_config(
-            num_hidden_layers=num_layers, first_k_dense_replace=1, num_nextn_predict_layers=0,
-            hidden_size=6144, intermediate_size=12288, moe_intermediate_size=2048,
-            n_routed_experts=256, num_experts_per_tok=8, num_attention_heads=64,
-            num_key_value_heads=64, q_lora_rank=2048, kv_lora_rank=512, qk_nope_head_dim=192,
-            qk_rope_head_dim=64, v_head_dim=256, index_topk=2048, index_n_heads=32,
-            index_head_dim=128, vocab_size=154880, max_position_embeddings=202752,
-        )
-    )  # fmt: skip
+    return from_dict(glm_5_1(num_layers))
 
 
 def random_layer(config: ModelConfig, layer: int) -> Weights:

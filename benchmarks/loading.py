@@ -74,14 +74,9 @@ def main() -> None:
 
 def write(folder: Path, layers: int) -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-    from hollow_checkpoint import GLM_5_1, write_hollow_nvfp4
+    from hollow_checkpoint import glm_5_1, write_hollow_nvfp4
 
-    kinds = ["dense"] + ["sparse"] * (layers - 1)
-    raw = GLM_5_1 | {
-        "num_hidden_layers": layers, "mlp_layer_types": kinds, "first_k_dense_replace": 1,
-        "num_nextn_predict_layers": 0,
-    }  # fmt: skip
-    write_hollow_nvfp4(folder, raw, tensors_per_shard=1000)
+    write_hollow_nvfp4(folder, glm_5_1(layers), tensors_per_shard=1000)
     piece = bytes(byte & FINITE for byte in os.urandom(PIECE))
     for path in folder.glob("*.safetensors"):
         with path.open("r+b") as stream:

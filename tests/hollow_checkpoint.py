@@ -6,6 +6,7 @@ Enough for everything that reads headers only, at any scale: GLM-5.1's 1.5 TB ta
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fourge.checkpoint.header import INDEX_NAME
 from fourge.checkpoint.metadata import exclude_list, quantization_config
@@ -64,6 +65,17 @@ GLM_5_1: Mapping = {
     "v_head_dim": 256,
     "vocab_size": 154880,
 }
+
+
+def glm_5_1(num_layers: int) -> dict[str, Any]:
+    """config.json of GLM-5.1 with so many layers, the first one dense, and no MTP layer."""
+    return {
+        **GLM_5_1,
+        "num_hidden_layers": num_layers,
+        "mlp_layer_types": ["dense"] + ["sparse"] * (num_layers - 1),
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+    }
 
 
 def write_hollow_checkpoint(folder: Path, raw: Mapping, *, tensors_per_shard: int) -> None:

@@ -13,7 +13,7 @@ import httpx2
 import psutil
 import pytest
 
-from fourge.errors import ConfigError, EngineError, FourgeError
+from fourge.errors import CheckpointError, ConfigError, EngineError, FourgeError
 from fourge.serve.engine_process import EngineProcess
 from fourge.serve.run import Setup, load
 from serving import running
@@ -66,6 +66,11 @@ def test_what_needs_no_weights_is_refused_before_they_are_loaded(
     monkeypatch.setattr("fourge.serve.run.EngineProcess", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(FourgeError, match=r"heat|top_p is 2|shape"):
         load(Setup(checkpoint=tiny_glm, **wrong), lambda *_: None)
+
+
+def test_what_is_no_folder_is_said_to_be_none(tmp_path: Path):
+    with pytest.raises(CheckpointError, match="nothing is not a folder"):
+        load(Setup(checkpoint=tmp_path / "nothing"), lambda *_: None)
 
 
 def test_a_server_that_is_killed_leaves_no_engine_behind(tiny_glm: Path):

@@ -55,14 +55,19 @@ class Checkpoint:
     shards: dict[str, int]
 
 
+def check_folder(folder: Path) -> None:
+    """CheckpointError: there is none."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint.")
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read and validate all headers of the checkpoint in ``folder``.
 
     Raises CheckpointError where folder, index or a shard is missing, truncated or contradictory.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint.")
+    check_folder(folder)
     weight_map = _read_weight_map(folder)
     shards: dict[str, int] = {}
     tensors: dict[str, TensorInfo] = {}

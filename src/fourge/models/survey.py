@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourge.checkpoint.header import TensorInfo, read_checkpoint
+from fourge.checkpoint.header import TensorInfo, check_folder, read_checkpoint
 from fourge.checkpoint.metadata import other_files, read_config, refuse_quantized
 from fourge.checkpoint.names import split_fused
 from fourge.errors import CheckpointError, ConfigError
@@ -59,8 +59,7 @@ def survey_quantized(
     config.json (models/config.py).
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint.")
+    check_folder(folder)
     config_text, raw = read_config(folder)
     config = model_config.from_dict(model_config.overridden(raw, overrides or {}))
     _check_experts(config)

@@ -21,6 +21,7 @@ import uvicorn
 
 from fourge.chat.template import normalise, render
 from fourge.chat.tokens import VOCABULARY_FILES, load_tokenizer
+from fourge.checkpoint.header import check_folder
 from fourge.engine.loader import OnProgress
 from fourge.engine.params import Defaults, SamplingParams, resolved
 from fourge.errors import CheckpointError, EngineError, RequestError
@@ -79,6 +80,7 @@ def load(setup: Setup, on_progress: OnProgress) -> Served:
 
 
 def _tokenizer(setup: Setup) -> "Tokenizer":
+    check_folder(setup.checkpoint)
     if not any((setup.checkpoint / name).is_file() for name in VOCABULARY_FILES):
         raise CheckpointError(
             f"{setup.checkpoint} has no tokenizer, and a server needs one: copy the model's"
